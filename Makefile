@@ -1,0 +1,113 @@
+# `make` lists the targets. Everything is installed into $(VENV), pinned by constraints.txt, and only
+# when pyproject.toml, constraints.txt or TORCH changed since the last time.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV  ?= .venv
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+ARGS  ?=
+PYTHON ?= $(firstword $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p; done))
+
+BIN  := $(VENV)/bin
+PINS := $(VENV)/constraints.txt
+PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+
+PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
+
+.PHONY: help demo test check lint format types contracts stubs stubs-check clean FORCE
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo
+	@echo "Variables: ARGS (handed to the command), TORCH (default $(TORCH); for example"
+	@echo "TORCH='torch==2.11.0'), PYTHON (default: the first python3 from 3.11 on), VENV (default .venv)."
+
+demo: $(VENV)/.demo ## a whole federation on this machine, in about three minutes; ARGS="--silos 6"
+	@$(BIN)/concilium demo $(ARGS)
+
+test: $(VENV)/.test ## the tests; ARGS="-k secagg"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types contracts stubs-check ## every static check
+
+lint: $(VENV)/.lint ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.lint ## let ruff repair and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.lint ## mypy, strict
+	@$(BIN)/mypy $(ARGS)
+
+contracts: $(VENV)/.lint ## who may import whom (docs/architecture.md)
+	@$(BIN)/lint-imports
+
+stubs: .venv-stubs/.done ## regenerate protos/v1/*_pb2* from the .proto files
+	@.venv-stubs/bin/python protos/generate.py
+
+stubs-check: .venv-stubs/.done ## compare the committed stubs with freshly generated ones
+	@.venv-stubs/bin/python protos/generate.py --check
+
+clean: ## remove environments, caches and build output
+	rm -rf .venv .venv-stubs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+		.hypothesis .benchmarks .coverage* *.egg-info
+	find $(PACKAGES) tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- environments ---------------------------------------------------------------------------------
+
+# Refuse early and say what to install: a half-made environment is the worse message.
+define new_venv
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "Concilium needs Python 3.11 or newer and found none. On Debian or Ubuntu:" >&2; \
+		echo "    apt-get install python3 python3-venv" >&2; \
+		echo "or name one: make PYTHON=/path/to/python3" >&2; exit 1; fi
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu:" >&2; \
+		echo "    apt-get install python3-venv" >&2; exit 1; fi
+	@[ -x $(1)/bin/pip ] || { echo "==> $(1), with $$($(PYTHON) --version) ($(PYTHON))"; \
+		$(PYTHON) -m venv --clear $(1); }
+endef
+
+$(VENV)/.created:
+	$(call new_venv,$(VENV))
+	@touch $@
+
+# torch goes first, alone: left to a resolver, its open range picks another build than the one wanted.
+# What it brought (triton, where it is a GPU build) is then pinned in place of our own pin.
+$(VENV)/.torch: $(VENV)/.created $(VENV)/.torch-wanted constraints.txt
+	@grep -vE '^(torch|triton)==' constraints.txt > $(PINS)
+	@$(PIP) -c $(PINS) pip hatchling editables
+	@echo "==> $(TORCH) (0.2 GB to several, depending on the build)"
+	@$(PIP) -c $(PINS) "$(TORCH)"
+	@$(BIN)/python -m pip freeze | grep -E '^(torch|triton)==' >> $(PINS)
+	@grep -q '^triton==' $(PINS) || grep '^triton==' constraints.txt >> $(PINS)
+	@touch $@
+
+$(VENV)/.torch-wanted: $(VENV)/.created FORCE
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "==> concilium and what it runs on"
+	@$(PIP) -c $(PINS) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo "==> what the tests need"
+	@$(PIP) -c $(PINS) --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	@echo "==> what the static checks need"
+	@$(PIP) -c $(PINS) --group lint
+	@touch $@
+
+.venv-stubs/.done: constraints-stubs.txt
+	$(call new_venv,.venv-stubs)
+	@echo "==> the stub generator"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-stubs/bin/python -m pip install --quiet -r constraints-stubs.txt
+	@touch $@
