@@ -8,8 +8,10 @@ SHELL := /bin/bash
 VENV  ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 ARGS  ?=
-PYTHON ?= $(firstword $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p; done))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then command -v $$p; break; fi; done)
+endif
 
 BIN  := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
