@@ -86,7 +86,8 @@ $(VENV)/.torch: $(VENV)/.created $(VENV)/.torch-wanted constraints.txt
 	@$(PIP) -c $(PINS) pip hatchling editables
 	@echo "==> $(TORCH) (0.2 GB to several, depending on the build)"
 	@$(PIP) -c $(PINS) "$(TORCH)"
-	@$(BIN)/python -m pip freeze | grep -E '^(torch|triton)==' >> $(PINS)
+	@$(BIN)/python -c 'from importlib.metadata import distributions as all; \
+		print(*(f"{d.name}=={d.version}" for d in all() if d.name in ("torch", "triton")), sep="\n")' >> $(PINS)
 	@grep -q '^triton==' $(PINS) || grep '^triton==' constraints.txt >> $(PINS)
 	@touch $@
 
