@@ -15,7 +15,7 @@ endif
 
 BIN  := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
-PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --quiet
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
@@ -112,5 +112,5 @@ $(VENV)/.lint: $(VENV)/.test
 .venv-stubs/.done: constraints-stubs.txt
 	$(call new_venv,.venv-stubs)
 	@echo "==> the stub generator"
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-stubs/bin/python -m pip install --quiet -r constraints-stubs.txt
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-stubs/bin/python -m pip install --quiet --quiet -r constraints-stubs.txt
 	@touch $@
