@@ -25,9 +25,7 @@ def generate(out: Path) -> None:
     compile_protos(protos, f"--python_out={out}", f"--pyi_out={out}")
     if services:
         plugin = f"--plugin=protoc-gen-mypy_grpc={TYPED_SERVICES}"
-        compile_protos(
-            services, plugin, f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}"
-        )
+        compile_protos(services, plugin, f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}")
 
 
 def compile_protos(protos: list[Path], *options: str) -> None:
