@@ -1,0 +1,61 @@
+"""The masks: ChaCha20 keystreams added to a vector over Z_2^b.
+
+Element k of a ring of b bits is masked by bytes k·b/8 … (k+1)·b/8 − 1 of the keystream, read as a
+little-endian integer. A mask key is used for one keystream only, so the nonce and the initial
+block counter are zero (RFC 8439 §2.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
+
+from secagg.errors import InvalidParameters
+from secagg.primitives import Secret
+
+DTYPES = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
+# One chunk of keystream, zeros and vector together stay in a core's second-level cache.
+CHUNK_BYTES = 256 * 1024
+_COUNTER_AND_NONCE = bytes(16)
+
+Vector = NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """A 32-byte ChaCha20 key and the sign with which its keystream enters the vector."""
+
+    key: Secret
+    sign: int
+
+
+def apply_masks(vector: Vector, keys: Sequence[MaskKey]) -> None:
+    """vector ← vector + Σ sign · keystream(key) mod 2^b, in place.
+
+    `vector` is a one-dimensional contiguous array of uint8, uint16 or uint32; numpy's unsigned
+    wrap-around is the ring. Raises `InvalidParameters` for any other array. Memory: two chunks,
+    whatever the length of the vector and the number of keys.
+    """
+    if vector.dtype not in DTYPES.values() or vector.ndim != 1 or not vector.flags.c_contiguous:
+        raise InvalidParameters("masks go on a contiguous vector of uint8, uint16 or uint32")
+    per_chunk = CHUNK_BYTES // vector.dtype.itemsize
+    zeros = bytes(CHUNK_BYTES)
+    stream = np.empty(per_chunk, dtype=vector.dtype)
+    out = memoryview(stream).cast("B")
+    ciphers = [
+        (Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(), k.sign)
+        for k in keys
+    ]
+    for start in range(0, vector.size, per_chunk):
+        part = vector[start : start + per_chunk]
+        size = part.nbytes
+        for cipher, sign in ciphers:
+            cipher.update_into(memoryview(zeros)[:size], out[:size])
+            if sign > 0:
+                np.add(part, stream[: part.size], out=part)
+            else:
+                np.subtract(part, stream[: part.size], out=part)
