@@ -1,0 +1,20 @@
+"""What has to be settled before the first test module is imported."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# @triton.jit reads it when it decorates, and many tests import `kernels` in passing. A process
+# that compiles ahead of time, or that a test starts as a service, has to drop it again.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
