@@ -1,0 +1,17 @@
+"""Fused operations of diffusion training: a Triton kernel, a torch reference and the dispatch, one
+file each.
+"""
+
+from kernels.ddpm_loss import ddpm_loss
+from kernels.noise import derive_key, normal, timesteps, uniform
+from kernels.q_sample import add_noise, q_sample
+
+__all__ = [
+    "add_noise",
+    "ddpm_loss",
+    "derive_key",
+    "normal",
+    "q_sample",
+    "timesteps",
+    "uniform",
+]

@@ -1,0 +1,422 @@
+"""The training objective of a DDPM, per sample, with the noise made again instead of stored.
+
+    L_b = w(t_b) / D  sum_i (pred_i - target_i)^2                      D = elements a sample
+
+    target = eps                                       objective 'eps'      w = min(SNR, gamma) /
+    SNR
+             x_0                                       objective 'x0'       w = min(SNR, gamma)
+             sqrt(a) eps - sqrt(1 - a) x_0             objective 'v'        w = min(SNR, gamma) /
+             (SNR + 1)
+
+with a = alpha_bar[t], SNR = a / (1 - a); w = 1 without ``snr_gamma``.
+
+Sources: Ho et al. (arXiv 2006.11239, equation 14) for eps; Salimans & Ho (arXiv 2202.00512) for v;
+Hang et al. (arXiv 2303.09556, equations 5 to 7 and section 3.4) for min-SNR-gamma.
+
+One pass reads ``pred`` and ``x_0`` and leaves the loss and the residual pred - target, of which the
+gradient 2 w g / D (pred - target) is a multiple per sample; eps never exists in memory. The sum is
+taken in a fixed order that depends on the size of a sample alone: no atomics, and a sample's loss
+is the same in any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._arguments import (
+    FLOATS,
+    IMAGES,
+    check_batched,
+    check_device,
+    check_dtype,
+    check_same_shape,
+    check_schedule,
+    check_stream,
+    check_timestep_range,
+    is_channels_last,
+    is_dense,
+    on_device_of,
+)
+from kernels.noise import block_size, needs_wide_index, normal_block, normal_reference
+from kernels.q_sample import (
+    memory_offset,
+    per_sample,
+    signal_and_noise,
+    sqrt_rn,
+    to_unit_range,
+    unit_range_reference,
+)
+
+OBJECTIVES = ("eps", "x0", "v")
+_BLOCKS_PER_CHUNK = 4  # what one program sums
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _residual_kernel(  # type: ignore[no-untyped-def]
+    pred,
+    x_0,
+    residual,
+    partial,
+    t,
+    alpha_bar,
+    key,
+    sample_id,
+    step,
+    elements,
+    channels,
+    spatial,
+    n_steps,
+    n_chunks,
+    OBJECTIVE: tl.constexpr,
+    PRED_CHANNELS_LAST: tl.constexpr,
+    X_0_CHANNELS_LAST: tl.constexpr,
+    FROM_UINT8: tl.constexpr,
+    WITH_RESIDUAL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    n = program // n_chunks
+    chunk = program % n_chunks
+    if WIDE:
+        chunk = chunk.to(tl.int64)
+    base = n.to(tl.int64) * elements
+    _, signal, noise = signal_and_noise(alpha_bar, tl.load(t + n), n_steps)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in range(BLOCKS):
+        block = chunk * BLOCKS + i
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        inside = index < elements
+        at_pred = base + memory_offset(index, channels, spatial, PRED_CHANNELS_LAST)
+        target = tl.zeros((BLOCK,), dtype=tl.float32)
+        if OBJECTIVE != "x0":
+            target = normal_block(tl.load(key), tl.load(sample_id + n), tl.load(step), block, BLOCK)
+        if OBJECTIVE != "eps":
+            at_x_0 = base + memory_offset(index, channels, spatial, X_0_CHANNELS_LAST)
+            x = to_unit_range(tl.load(x_0 + at_x_0, mask=inside, other=0), FROM_UINT8)
+            if OBJECTIVE == "v":
+                target = signal * target - noise * x
+            else:
+                target = x
+        difference = tl.load(pred + at_pred, mask=inside, other=0.0).to(tl.float32) - target
+        if WITH_RESIDUAL:
+            stored = difference.to(residual.dtype.element_ty)
+            tl.store(residual + at_pred, stored, mask=inside)
+        total += tl.where(inside, difference * difference, 0.0)
+    tl.store(partial + program, tl.sum(total))
+
+
+@triton.jit
+def _finish_kernel(  # type: ignore[no-untyped-def]
+    partial,
+    loss,
+    scale,
+    t,
+    alpha_bar,
+    elements,
+    gamma,
+    n_steps,
+    n_chunks,
+    OBJECTIVE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0)
+    base = n.to(tl.int64) * n_chunks
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n_chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + base + chunk, mask=chunk < n_chunks, other=0.0)
+    a, _, _ = signal_and_noise(alpha_bar, tl.load(t + n), n_steps)
+    weight = 1.0
+    if WEIGHTED:
+        snr = tl.div_rn(a, 1.0 - a)
+        if OBJECTIVE == "eps":
+            weight = tl.div_rn(gamma, tl.maximum(snr, gamma))
+        elif OBJECTIVE == "x0":
+            weight = tl.minimum(snr, gamma)
+        else:
+            weight = tl.div_rn(tl.minimum(snr, gamma), snr + 1.0)
+    share = tl.div_rn(weight, elements)
+    tl.store(loss + n, tl.sum(total) * share)
+    tl.store(scale + n, 2.0 * share)
+
+
+def _launch_ddpm_loss(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    stream: tuple[Tensor, Tensor, Tensor],
+    objective: str,
+    snr_gamma: float | None,
+    residual: Tensor | None,
+    loss: Tensor,
+    scale: Tensor,
+) -> None:
+    """Fill ``loss`` and ``scale`` (B,) and, where given, the residual, which has the dense layout
+    of ``pred``.
+    """
+    batch = pred.shape[0]
+    if pred.numel() == 0:
+        loss.fill_(float("nan"))  # the mean of nothing, as in torch
+        scale.fill_(0.0)
+        return
+    x_0 = x_0 if is_dense(x_0) else x_0.contiguous()
+    t, alpha_bar = t.contiguous(), alpha_bar.contiguous()
+    key, sample_id, step = stream
+    elements = pred[0].numel()
+    channels = pred.shape[1] if pred.dim() > 1 else 1
+    block = block_size(elements)
+    n_chunks = triton.cdiv(elements, block * _BLOCKS_PER_CHUNK)
+    partial = torch.empty(batch * n_chunks, dtype=torch.float32, device=pred.device)
+    with on_device_of(pred):
+        _residual_kernel[(batch * n_chunks,)](
+            pred,
+            x_0,
+            residual,
+            partial,
+            t,
+            alpha_bar,
+            key,
+            sample_id.contiguous(),
+            step,
+            elements,
+            channels,
+            elements // channels,
+            alpha_bar.shape[0],
+            n_chunks,
+            OBJECTIVE=objective,
+            PRED_CHANNELS_LAST=is_channels_last(pred),
+            X_0_CHANNELS_LAST=is_channels_last(x_0),
+            FROM_UINT8=x_0.dtype == torch.uint8,
+            WITH_RESIDUAL=residual is not None,
+            BLOCKS=min(_BLOCKS_PER_CHUNK, triton.cdiv(elements, block)),
+            BLOCK=block,
+            WIDE=needs_wide_index(elements),
+            enable_fp_fusion=False,
+        )
+        _finish_kernel[(batch,)](
+            partial,
+            loss,
+            scale,
+            t,
+            alpha_bar,
+            float(elements),
+            0.0 if snr_gamma is None else snr_gamma,
+            alpha_bar.shape[0],
+            n_chunks,
+            OBJECTIVE=objective,
+            WEIGHTED=snr_gamma is not None,
+            BLOCK=min(256, triton.next_power_of_2(n_chunks)),
+            enable_fp_fusion=False,
+        )
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def min_snr_weight(a: Tensor, objective: str, gamma: float) -> Tensor:
+    """min-SNR-gamma for the loss on the given target; finite at both ends of the schedule (a = 0
+    and a = 1).
+    """
+    snr = a / (1.0 - a)
+    if objective == "eps":
+        return gamma / snr.clamp(min=gamma)
+    if objective == "x0":
+        return snr.clamp(max=gamma)
+    return snr.clamp(max=gamma) / (snr + 1.0)
+
+
+def _target(
+    pred: Tensor, x_0: Tensor, a: Tensor, stream: tuple[Tensor, Tensor, Tensor], objective: str
+) -> Tensor:
+    if objective == "x0":
+        return unit_range_reference(x_0)
+    eps = normal_reference(pred.shape, *stream, torch.float32)
+    if objective == "eps":
+        return eps
+    x = unit_range_reference(x_0) * per_sample(sqrt_rn(1.0 - a), x_0)
+    return eps.mul_(per_sample(sqrt_rn(a), eps)).sub_(x)
+
+
+def ddpm_loss_reference(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    stream: tuple[Tensor, Tensor, Tensor],
+    objective: str,
+    snr_gamma: float | None,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, 2 w / D, pred - target in pred's dtype and layout)."""
+    check_timestep_range("ddpm_loss", t, alpha_bar.shape[0])
+    a = alpha_bar[t]
+    difference = pred.to(torch.float32) - _target(pred, x_0, a, stream, objective)
+    elements = max(pred[:1].numel() if pred.shape[0] else 1, 1)
+    share = torch.ones_like(a) if snr_gamma is None else min_snr_weight(a, objective, snr_gamma)
+    share = share / elements
+    residual = pred.new_empty(0)
+    if with_residual:
+        residual = torch.empty_like(pred).copy_(difference)
+    square = (difference * difference).flatten(1).sum(1, dtype=torch.float64)
+    return (square * share).to(torch.float32), 2.0 * share, residual
+
+
+# --- the ops --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("concilium::ddpm_loss", mutates_args=(), device_types="cpu")
+def _ddpm_loss(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    objective: str,
+    snr_gamma: float | None,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream = (key, sample_id, step)
+    return ddpm_loss_reference(pred, x_0, t, alpha_bar, stream, objective, snr_gamma, with_residual)
+
+
+@_ddpm_loss.register_kernel("cuda")
+def _ddpm_loss_cuda(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    objective: str,
+    snr_gamma: float | None,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense = pred if is_dense(pred) else pred.contiguous()
+    residual = torch.empty_like(dense) if with_residual else None
+    loss = torch.empty(pred.shape[0], dtype=torch.float32, device=pred.device)
+    scale = torch.empty_like(loss)
+    stream = (key, sample_id, step)
+    _launch_ddpm_loss(dense, x_0, t, alpha_bar, stream, objective, snr_gamma, residual, loss, scale)
+    if residual is None:
+        return loss, scale, pred.new_empty(0)
+    return loss, scale, residual if dense is pred else torch.empty_like(pred).copy_(residual)
+
+
+@_ddpm_loss.register_fake
+def _ddpm_loss_fake(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    objective: str,
+    snr_gamma: float | None,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = pred.new_empty(pred.shape[0], dtype=torch.float32)
+    residual = torch.empty_like(pred) if with_residual else pred.new_empty(0)
+    return loss, torch.empty_like(loss), residual
+
+
+@torch.library.custom_op("concilium::ddpm_loss_backward", mutates_args=())
+def _ddpm_loss_backward(residual: Tensor, factor: Tensor) -> Tensor:
+    out = torch.empty_like(residual)
+    return torch.mul(residual, per_sample(factor, residual), out=out)
+
+
+@_ddpm_loss_backward.register_fake
+def _ddpm_loss_backward_fake(residual: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, scale, residual = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(scale)
+    ctx.save_for_backward(scale, residual)
+    ctx.with_residual = inputs[-1]
+
+
+def _backward(ctx, grad_loss, _grad_scale, _grad_residual):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 9
+    if grad_loss is None:
+        return None, *nothing
+    if not ctx.with_residual:
+        raise RuntimeError(
+            "ddpm_loss: the residual was not kept; call it with grad enabled to differentiate it"
+        )
+    scale, residual = ctx.saved_tensors
+    return _ddpm_loss_backward(residual, grad_loss * scale), *nothing
+
+
+def _no_double_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "ddpm_loss: double backward is not supported, because the gradient is made in the forward "
+        "pass; for second derivatives write the loss with torch operations"
+    )
+
+
+_ddpm_loss.register_autograd(_backward, setup_context=_setup)
+_ddpm_loss_backward.register_autograd(_no_double_backward)
+
+
+def ddpm_loss(
+    pred: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    *,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    objective: str = "eps",
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """L_b = w(t_b) mean_i (pred_i - target_i)^2, float32 ``(B,)``; take its mean over the batch
+    yourself.
+
+    ``pred``: ``(B, C, H, W)`` (or any ``(B, ...)``) float32, bfloat16 or float16, in any layout.
+    ``x_0``: the same shape, uint8 or float in [-1, 1]. ``t``: int64 ``(B,)``. ``alpha_bar``:
+    float32 ``(T,)``. ``key``, ``sample_id``, ``step``: those given to :func:`kernels.q_sample`,
+    which regenerate its eps. ``objective``: what ``pred`` predicts, 'eps', 'x0' or 'v'.
+    ``snr_gamma``: min-SNR-gamma weights (5 in the paper), None for w = 1.
+
+    Computed in float32; the gradient with respect to ``pred``, in the dtype of ``pred``, is the
+    only one there is. Deterministic, and independent of the batch a sample is in. Raises
+    ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option and, on the
+    CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward. arXiv
+    2006.11239, 2202.00512, 2303.09556.
+    """
+    check_batched("ddpm_loss", "pred", pred.shape)
+    check_dtype("ddpm_loss", "pred", pred, FLOATS)
+    check_dtype("ddpm_loss", "x_0", x_0, IMAGES)
+    check_same_shape("ddpm_loss", "x_0", x_0, "pred", pred)
+    check_schedule("ddpm_loss", t, alpha_bar, pred.shape[0], pred.device)
+    check_stream("ddpm_loss", key, sample_id, step, pred.shape[0], pred.device)
+    check_device("ddpm_loss", pred.device, x_0=x_0)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"ddpm_loss: objective must be one of {OBJECTIVES}, got {objective!r}")
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"ddpm_loss: snr_gamma must be positive or None, got {snr_gamma}")
+    if x_0.requires_grad and torch.is_grad_enabled():
+        raise ValueError("ddpm_loss: differentiable in pred only; pass x_0.detach()")
+    keep = pred.requires_grad and torch.is_grad_enabled()
+    loss: Tensor
+    loss, _, _ = _ddpm_loss(
+        pred, x_0, t, alpha_bar, key, sample_id, step, objective, snr_gamma, keep
+    )
+    return loss

@@ -1,0 +1,334 @@
+"""The forward process of a DDPM with the noise made in the kernel.
+
+    x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps
+
+Source: Ho, Jain, Abbeel, *Denoising diffusion probabilistic models* (arXiv 2006.11239), equation 4.
+The noise is that of :mod:`kernels.noise`: it never exists in memory, and the loss makes it again.
+
+Images may come as uint8: v becomes (2 v - 255) / 255, which maps 0, 255 to -1, 1 and mirrors
+exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._arguments import (
+    FLOATS,
+    IMAGES,
+    as_layout_of,
+    check_batched,
+    check_device,
+    check_dtype,
+    check_float_dtype,
+    check_same_shape,
+    check_schedule,
+    check_stream,
+    check_timestep_range,
+    is_channels_last,
+    is_dense,
+    on_device_of,
+)
+from kernels.noise import block_size, needs_wide_index, normal_block, normal_reference
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def memory_offset(index, channels, spatial, CHANNELS_LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the logical (C, H, W) element ``index`` of one sample lies in memory."""
+    if CHANNELS_LAST:
+        return index % spatial * channels + index // spatial
+    else:
+        return index
+
+
+@triton.jit
+def to_unit_range(v, FROM_UINT8: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FROM_UINT8:
+        return (v.to(tl.float32) * 2.0 - 255.0) * 0.00392156862745098
+    else:
+        return v.to(tl.float32)
+
+
+@triton.jit
+def signal_and_noise(alpha_bar, t, n_steps):  # type: ignore[no-untyped-def]
+    """(alpha_bar_t, its root, the root of the rest); NaN where t is outside the table."""
+    a = tl.load(alpha_bar + t, mask=(t >= 0) & (t < n_steps), other=float("nan"))
+    return a, tl.sqrt_rn(a), tl.sqrt_rn(1.0 - a)
+
+
+@triton.jit
+def _q_sample_kernel(  # type: ignore[no-untyped-def]
+    x_0,
+    x_t,
+    given_eps,
+    t,
+    alpha_bar,
+    key,
+    sample_id,
+    step,
+    elements,
+    channels,
+    spatial,
+    n_steps,
+    n_blocks,
+    GIVEN_NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FROM_UINT8: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    n = program // n_blocks
+    block = program % n_blocks
+    if WIDE:
+        block = block.to(tl.int64)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < elements
+    offset = memory_offset(index, channels, spatial, CHANNELS_LAST)
+    base = n.to(tl.int64) * elements
+    _, signal, noise = signal_and_noise(alpha_bar, tl.load(t + n), n_steps)
+    x = to_unit_range(tl.load(x_0 + base + offset, mask=inside, other=0), FROM_UINT8)
+    if GIVEN_NOISE:
+        eps = tl.load(given_eps + base + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        eps = normal_block(tl.load(key), tl.load(sample_id + n), tl.load(step), block, BLOCK)
+    value = signal * x + noise * eps
+    tl.store(x_t + base + offset, value.to(x_t.dtype.element_ty), mask=inside)
+
+
+def _launch_q_sample(
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    out: Tensor,
+    *,
+    eps: Tensor | None = None,
+    stream: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Write x_t into the dense ``out``; noise from ``eps`` or from the stream (key, sample_id,
+    step).
+    """
+    if out.numel() == 0:
+        return
+    x_0 = as_layout_of(x_0, out)
+    given = None if eps is None else as_layout_of(eps, out)
+    key, sample_id, step = stream if stream is not None else (None, None, None)
+    elements = out[0].numel()
+    channels = out.shape[1] if out.dim() > 1 else 1
+    block = block_size(elements)
+    n_blocks = triton.cdiv(elements, block)
+    with on_device_of(out):
+        _q_sample_kernel[(out.shape[0] * n_blocks,)](
+            x_0,
+            out,
+            given,
+            t.contiguous(),
+            alpha_bar.contiguous(),
+            key,
+            None if sample_id is None else sample_id.contiguous(),
+            step,
+            elements,
+            channels,
+            elements // channels,
+            alpha_bar.shape[0],
+            n_blocks,
+            GIVEN_NOISE=given is not None,
+            CHANNELS_LAST=is_channels_last(out),
+            FROM_UINT8=x_0.dtype == torch.uint8,
+            BLOCK=block,
+            WIDE=needs_wide_index(elements),
+            enable_fp_fusion=False,
+        )
+
+
+def _launch_into_layout(x_0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The result, with the strides of ``empty_like``, and the dense tensor for the kernel to
+    write.
+    """
+    out = torch.empty_like(x_0, dtype=dtype)
+    return out, out if is_dense(out) else torch.empty(out.shape, dtype=dtype, device=out.device)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def unit_range_reference(x_0: Tensor) -> Tensor:
+    if x_0.dtype != torch.uint8:
+        return x_0.to(torch.float32)
+    return x_0.to(torch.float32).mul_(2.0).sub_(255.0).mul_(1.0 / 255.0)
+
+
+def sqrt_rn(x: Tensor) -> Tensor:
+    """The correctly rounded float32 root (torch's own is not, on the CPU)."""
+    return x.double().sqrt_().to(torch.float32)
+
+
+def q_sample_reference(
+    x_0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, dtype: torch.dtype
+) -> Tensor:
+    check_timestep_range("q_sample", t, alpha_bar.shape[0])
+    a = alpha_bar[t]
+    out = torch.empty_like(x_0, dtype=dtype)
+    x = unit_range_reference(x_0) * per_sample(sqrt_rn(a), x_0)
+    return out.copy_(x.add_(eps.to(torch.float32) * per_sample(sqrt_rn(1.0 - a), x_0)))
+
+
+# --- the ops --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("concilium::q_sample", mutates_args=(), device_types="cpu")
+def _q_sample(
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    eps = normal_reference(x_0.shape, key, sample_id, step, torch.float32)
+    return q_sample_reference(x_0, eps, t, alpha_bar, dtype)
+
+
+@_q_sample.register_kernel("cuda")
+def _q_sample_cuda(
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    out, dense = _launch_into_layout(x_0, dtype)
+    _launch_q_sample(x_0, t, alpha_bar, dense, stream=(key, sample_id, step))
+    return out if dense is out else out.copy_(dense)
+
+
+@_q_sample.register_fake
+def _q_sample_fake(
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty_like(x_0, dtype=dtype)
+
+
+@torch.library.custom_op("concilium::add_noise", mutates_args=(), device_types="cpu")
+def _add_noise(
+    x_0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return q_sample_reference(x_0, eps, t, alpha_bar, dtype)
+
+
+@_add_noise.register_kernel("cuda")
+def _add_noise_cuda(
+    x_0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, dtype: torch.dtype
+) -> Tensor:
+    out, dense = _launch_into_layout(x_0, dtype)
+    _launch_q_sample(x_0, t, alpha_bar, dense, eps=eps)
+    return out if dense is out else out.copy_(dense)
+
+
+@_add_noise.register_fake
+def _add_noise_fake(
+    x_0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(x_0, dtype=dtype)
+
+
+def _q_sample_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_0, t, alpha_bar, *_ = inputs
+    ctx.save_for_backward(t, alpha_bar)
+    ctx.x_0_dtype = x_0.dtype
+
+
+def _add_noise_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_0, eps, t, alpha_bar, _ = inputs
+    ctx.save_for_backward(t, alpha_bar)
+    ctx.x_0_dtype, ctx.eps_dtype = x_0.dtype, eps.dtype
+
+
+def _q_sample_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    t, alpha_bar = ctx.saved_tensors
+    signal = per_sample(alpha_bar[t].sqrt(), grad)
+    return (grad * signal).to(ctx.x_0_dtype), None, None, None, None, None, None
+
+
+def _add_noise_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    t, alpha_bar = ctx.saved_tensors
+    a = per_sample(alpha_bar[t], grad)
+    grad_x_0 = (grad * a.sqrt()).to(ctx.x_0_dtype) if ctx.needs_input_grad[0] else None
+    grad_eps = (grad * (1.0 - a).sqrt()).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
+    return grad_x_0, grad_eps, None, None, None
+
+
+_q_sample.register_autograd(_q_sample_backward, setup_context=_q_sample_setup)
+_add_noise.register_autograd(_add_noise_backward, setup_context=_add_noise_setup)
+
+
+def q_sample(
+    x_0: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    *,
+    key: Tensor,
+    sample_id: Tensor,
+    step: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps, eps = ``normal(x_0.shape, ...)``.
+
+    ``x_0``: ``(B, C, H, W)`` (or any ``(B, ...)``), uint8 images or float32, bfloat16, float16
+    already in [-1, 1], in any layout; the result has its layout and ``dtype``, computed in float32.
+    ``t``: int64 ``(B,)``. ``alpha_bar``: float32 ``(T,)``. ``key``, ``sample_id``, ``step``: as for
+    :func:`kernels.normal`. Differentiable in a float ``x_0``.
+
+    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and, on the
+    CPU, for a timestep outside the table (on CUDA, where looking would stall the queue, that sample
+    becomes NaN). arXiv 2006.11239, eq. 4.
+    """
+    check_batched("q_sample", "x_0", x_0.shape)
+    check_dtype("q_sample", "x_0", x_0, IMAGES)
+    check_float_dtype("q_sample", dtype)
+    check_schedule("q_sample", t, alpha_bar, x_0.shape[0], x_0.device)
+    check_stream("q_sample", key, sample_id, step, x_0.shape[0], x_0.device)
+    out: Tensor = _q_sample(x_0, t, alpha_bar, key, sample_id, step, dtype)
+    return out
+
+
+def add_noise(
+    x_0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps with given noise, of the shape of
+    ``x_0``.
+
+    Otherwise as :func:`q_sample`; differentiable in ``x_0`` and ``eps``.
+    """
+    check_batched("add_noise", "x_0", x_0.shape)
+    check_dtype("add_noise", "x_0", x_0, IMAGES)
+    check_dtype("add_noise", "eps", eps, FLOATS)
+    check_same_shape("add_noise", "eps", eps, "x_0", x_0)
+    check_float_dtype("add_noise", dtype)
+    check_schedule("add_noise", t, alpha_bar, x_0.shape[0], x_0.device)
+    check_device("add_noise", x_0.device, eps=eps)
+    out: Tensor = _add_noise(x_0, eps, t, alpha_bar, dtype)
+    return out

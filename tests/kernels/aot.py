@@ -1,0 +1,215 @@
+"""Compile every kernel in its real configurations without a GPU, and report what the compiler made
+of it.
+
+Run as a script, in a process without TRITON_INTERPRET: prints one JSON object, case -> architecture
+-> facts. ``python tests/kernels/aot.py --write`` renews the committed table ``aot_table.json``.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TABLE = pathlib.Path(__file__).with_name("aot_table.json")
+ARCHITECTURES: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration: argument types by name ('*bf16', 'i32', 'fp32'), compile-time constants,
+    what is known to be divisible by 16, and whether all its stores must be 128 bits wide.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    wide: bool
+    num_warps: int = 4
+    fp_fusion: bool = False
+
+
+def cases() -> dict[str, Case]:
+    from kernels.ddpm_loss import _finish_kernel, _residual_kernel
+    from kernels.noise import _normal_kernel
+    from kernels.q_sample import _q_sample_kernel
+
+    stream = {"key": "*i64", "sample_id": "*i64", "step": "*i64"}
+    schedule = {"t": "*i64", "alpha_bar": "*fp32", "n_steps": "i32"}
+    sizes = {"elements": "i32", "channels": "i32", "spatial": "i32"}
+    image = {**stream, **schedule, **sizes}
+    pointers = ("x_0", "x_t", "pred", "residual", "given_eps", "out")
+    found: dict[str, Case] = {}
+
+    def add(name: str, kernel: Any, types: dict[str, str], wide: bool, **constants: Any) -> None:
+        divisible = (*pointers, "elements") if wide else pointers
+        found[name] = Case(kernel, types, constants, divisible, wide)
+
+    normal = {"out": "*fp32", **stream, "elements": "i32", "n_blocks": "i32"}
+    add("normal/fp32", _normal_kernel, normal, True, BLOCK=2048, WIDE=False)
+    add("normal/bf16", _normal_kernel, {**normal, "out": "*bf16"}, True, BLOCK=2048, WIDE=False)
+    add("normal/ragged", _normal_kernel, normal, False, BLOCK=1024, WIDE=False)
+    beyond = {**normal, "elements": "i64"}
+    add("normal/beyond 2^31", _normal_kernel, beyond, True, BLOCK=2048, WIDE=True)
+
+    for source, target, layout, wide in (
+        ("u8", "fp32", "nchw", True),
+        ("u8", "bf16", "nchw", True),
+        ("fp32", "fp32", "nchw", True),
+        ("u8", "fp32", "nhwc", False),
+        ("u8", "fp32", "ragged", False),
+    ):
+        types = {"x_0": f"*{source}", "x_t": f"*{target}", **image, "n_blocks": "i32"}
+        fixed = dict(
+            CHANNELS_LAST=layout == "nhwc", FROM_UINT8=source == "u8", BLOCK=2048, WIDE=False
+        )
+        name = f"{source} to {target}/{layout}"
+        made = {**fixed, "given_eps": None, "GIVEN_NOISE": False}
+        add(f"q_sample/{name}", _q_sample_kernel, types, wide, **made)
+        given = {
+            **fixed, "key": None, "sample_id": None, "step": None, "GIVEN_NOISE": True
+        }  # fmt: skip
+        types = {k: v for k, v in types.items() if k not in stream} | {"given_eps": "*fp32"}
+        if layout == "nchw":
+            add(f"add_noise/{name}", _q_sample_kernel, types, wide, **given)
+
+    for objective, dtype, layout, keep in (
+        ("eps", "fp32", "nchw", True),
+        ("eps", "bf16", "nchw", True),
+        ("eps", "bf16", "nchw", False),
+        ("x0", "bf16", "nchw", True),
+        ("v", "bf16", "nchw", True),
+        ("v", "bf16", "nhwc", True),
+    ):
+        types = {"pred": f"*{dtype}", "x_0": "*u8", "residual": f"*{dtype}", "partial": "*fp32"}
+        types |= {**image, "n_chunks": "i32"}
+        last = layout == "nhwc"
+        fixed = dict(
+            OBJECTIVE=objective, PRED_CHANNELS_LAST=last, X_0_CHANNELS_LAST=last, FROM_UINT8=True,
+            WITH_RESIDUAL=keep, BLOCKS=4, BLOCK=2048, WIDE=False,
+        )  # fmt: skip
+        if not keep:
+            types.pop("residual")
+            fixed["residual"] = None
+        name = f"ddpm_loss/{objective} {dtype}/{layout}" + ("" if keep else "/no grad")
+        add(name, _residual_kernel, types, layout == "nchw", **fixed)
+    for objective, weighted in (("eps", False), ("eps", True), ("x0", True), ("v", True)):
+        types = {"partial": "*fp32", "loss": "*fp32", "scale": "*fp32", "elements": "fp32"}
+        types |= {**schedule, "gamma": "fp32", "n_chunks": "i32"}
+        name = f"ddpm_loss/finish {objective}" + (" weighted" if weighted else "")
+        fixed = dict(OBJECTIVE=objective, WEIGHTED=weighted, BLOCK=32)
+        add(name, _finish_kernel, types, False, **fixed)
+    return found
+
+
+def compile_case(case: Case, architecture: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    known = {name: case.types.get(name, "constexpr") for name in names}
+    hints = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in case.divisible
+        if known.get(name, "constexpr") != "constexpr"
+    }
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=known, constexprs=constants, attrs=hints)
+    chip = ARCHITECTURES[architecture]
+    target = GPUTarget("hip", chip, 64) if isinstance(chip, str) else GPUTarget("cuda", chip, 32)
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion}
+    return triton.compile(source, target=target, options=options)
+
+
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    import triton
+
+    folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    done = subprocess.run(
+        [str(folder / name), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+_SASS = re.compile(
+    r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:\{\s*)?(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)\b", re.M
+)
+
+
+def nvidia_facts(compiled: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        operations = _SASS.findall(_nvidia_tool("nvdisasm", "-c", file.name))
+    resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    memory = collections.Counter(o for o in operations if re.match(r"(LDG|STG|LDL|STL)\b", o))
+    return {
+        "registers": resources["REG"],
+        "stack": resources["STACK"] + resources["LOCAL"],
+        "spills": sum(n for o, n in memory.items() if o.startswith(("LDL", "STL"))),
+        "instructions": len(operations),
+        "loads_128": sum(n for o, n in memory.items() if o.startswith("LDG") and "128" in o),
+        "stores": sum(n for o, n in memory.items() if o.startswith("STG")),
+        "stores_128": sum(n for o, n in memory.items() if o.startswith("STG") and "128" in o),
+        "fused": len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])),
+    }
+
+
+def amd_facts(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def count(name: str) -> int:
+        return sum(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+    memory = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
+    stores = [o for o in memory if "_store_" in o]
+    return {
+        "registers": count("vgpr_count"),
+        "stack": count("private_segment_fixed_size"),
+        "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
+        "instructions": len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", text, re.M)),
+        "loads_128": sum("_load_dwordx4" in o for o in memory),
+        "stores": len(stores),
+        "stores_128": sum("dwordx4" in o for o in stores),
+    }
+
+
+def survey() -> dict[str, dict[str, dict[str, Any]]]:
+    facts: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, case in cases().items():
+        for architecture in ARCHITECTURES:
+            compiled = compile_case(case, architecture)
+            read = nvidia_facts if "cubin" in compiled.asm else amd_facts
+            facts.setdefault(name, {})[architecture] = read(compiled) | {
+                "wide": case.wide,
+                "exact": not case.fp_fusion,
+            }
+    return facts
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("aot.py: run it without TRITON_INTERPRET, which replaces the compiler")
+    sys.path.insert(0, str(ROOT))
+    import triton
+
+    result = {"triton": triton.__version__, "cases": survey()}
+    if "--write" in sys.argv:
+        TABLE.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    else:
+        json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

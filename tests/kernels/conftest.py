@@ -1,0 +1,84 @@
+"""What the kernel tests share.
+
+The suite in ``interpreter/`` runs the Triton code itself on CPU tensors, which needs
+TRITON_INTERPRET=1 before ``kernels`` is imported. Where this process has it (``tests/conftest.py``
+sets it unless there is a GPU) the suite is collected here, elsewhere ``test_interpreter.py`` gives
+it its own process.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["*/interpreter/*"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the noise of a batch comes from."""
+
+    key: torch.Tensor
+    sample_id: torch.Tensor
+    step: torch.Tensor
+
+    @property
+    def named(self) -> dict[str, torch.Tensor]:
+        return {"key": self.key, "sample_id": self.sample_id, "step": self.step}
+
+    @property
+    def triple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.key, self.sample_id, self.step
+
+
+def make_stream(batch: int, *, seed: int = 1, step: int = 7) -> Stream:
+    ids = torch.arange(batch) * (2**33 + 12_345) - 3  # both words of an id matter, and its sign
+    return Stream(torch.tensor(kernels.derive_key(seed, "tests")), ids, torch.tensor(step))
+
+
+@pytest.fixture
+def stream():
+    return make_stream
+
+
+@pytest.fixture(scope="session")
+def alpha_bar():
+    """The linear schedule of DDPM."""
+    return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+
+def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers in another memory layout."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "permuted":  # dense, but neither NCHW nor channels_last
+        return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    return x.contiguous()
+
+
+LAYOUTS = ("nchw", "channels_last", "sliced", "permuted")
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return lambda x: in_layout(x, request.param)
+
+
+def images(batch: int, dtype: torch.dtype = torch.float32, size: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    shape = (batch, 3, size, size + 2)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return pixels if dtype == torch.uint8 else (pixels.double() * 2 / 255 - 1).to(dtype)
+
+
+@pytest.fixture
+def make_images():
+    return images

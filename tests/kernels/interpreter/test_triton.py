@@ -1,0 +1,98 @@
+"""The Triton kernels against their torch references: equal bits wherever the arithmetic allows."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.ddpm_loss import _launch_ddpm_loss, ddpm_loss_reference
+from kernels.noise import _launch_normal, _normal_kernel
+from kernels.q_sample import _launch_q_sample
+
+NAN = float("nan")
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (3, 3), (2, 63), (2, 64), (2, 65), (2, 2047), (1, 2049), (2, 3, 9, 11), (0, 4)],
+)
+def test_normals_are_equal_in_every_bit(stream, shape):
+    s, out = stream(shape[0]), torch.full(shape, NAN)
+    _launch_normal(out, *s.triple)
+    assert same_bits(out, kernels.normal(shape, **s.named))
+
+
+def test_half_a_million_normals_are_equal_in_every_bit(stream):
+    s, out = stream(1, seed=9), torch.full((1, 1 << 19), NAN)
+    blocks = 2  # few large blocks: the interpreter's cost is per program
+    _normal_kernel[(blocks,)](
+        out, *s.triple, out.numel(), blocks, BLOCK=out.numel() // blocks, WIDE=False
+    )
+    assert same_bits(out, kernels.normal(out.shape, **s.named))
+
+
+@pytest.mark.parametrize("block", [64, 256, 1024])
+@pytest.mark.parametrize("wide", [False, True])
+def test_block_size_and_index_width_leave_the_bits_alone(stream, block, wide):
+    s, out = stream(2), torch.full((2, 700), NAN)
+    blocks = -(-700 // block)
+    _normal_kernel[(2 * blocks,)](out, *s.triple, 700, blocks, BLOCK=block, WIDE=wide)
+    assert same_bits(out, kernels.normal((2, 700), **s.named))
+
+
+T = torch.tensor([0, 999, 500])
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32])
+def test_q_sample_is_equal_in_every_bit(stream, alpha_bar, make_images, layout, source):
+    s, x_0 = stream(3), layout(make_images(3, source))
+    want = kernels.q_sample(x_0, T, alpha_bar, **s.named)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        out = torch.full(x_0.shape, NAN).contiguous(memory_format=memory_format)
+        _launch_q_sample(x_0, T, alpha_bar, out, stream=s.triple)
+        assert same_bits(out, want)
+        eps = kernels.normal(x_0.shape, **s.named)
+        out.fill_(NAN)
+        _launch_q_sample(x_0, T, alpha_bar, out, eps=eps)
+        assert same_bits(out, want)
+
+
+def test_a_timestep_outside_the_table_makes_nan_and_touches_nothing_else(stream, alpha_bar):
+    s, x_0 = stream(3), torch.zeros(3, 1, 4, 4)
+    out = torch.empty_like(x_0)
+    _launch_q_sample(x_0, torch.tensor([5, 1000, -1]), alpha_bar, out, stream=s.triple)
+    assert out[0].isfinite().all()
+    assert out[1:].isnan().all()
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_loss_and_residual(stream, alpha_bar, make_images, objective, gamma):
+    s, x_0 = stream(3), make_images(3, torch.uint8)
+    for format_ in (torch.contiguous_format, torch.channels_last):
+        pred = torch.randn(x_0.shape).contiguous(memory_format=format_)
+        loss, scale = torch.full((3,), NAN), torch.full((3,), NAN)
+        residual = torch.full_like(pred, NAN)
+        arguments = (pred, x_0, T, alpha_bar, s.triple, objective, gamma)
+        _launch_ddpm_loss(*arguments, residual, loss, scale)
+        want = ddpm_loss_reference(*arguments, True)
+        torch.testing.assert_close(loss, want[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(scale, want[1], rtol=1e-6, atol=0)
+        assert same_bits(residual, want[2])
+        again = torch.empty_like(loss)
+        _launch_ddpm_loss(*arguments, None, again, scale)
+        assert same_bits(again, loss)  # the same bits twice, with and without the residual
+
+
+@pytest.mark.parametrize("elements", [1, 3, 2048 * 4 - 1, 2048 * 4 + 1, 2048 * 9])
+def test_loss_of_samples_around_the_size_of_a_chunk(stream, alpha_bar, elements):
+    s, pred = stream(2), torch.randn(2, elements)
+    x_0, t = torch.zeros(2, elements), T[:2]
+    loss, scale = torch.full((2,), NAN), torch.full((2,), NAN)
+    arguments = (pred, x_0, t, alpha_bar, s.triple, "eps", None)
+    _launch_ddpm_loss(*arguments, None, loss, scale)
+    want, *_ = ddpm_loss_reference(*arguments, False)
+    torch.testing.assert_close(loss, want, rtol=2e-6, atol=0)

@@ -1,0 +1,71 @@
+"""What the compiler makes of every kernel, ahead of time and without a GPU.
+
+The gates hold for any Triton: no stack, no spills, 128-bit accesses in the aligned configurations,
+no fused multiply-add where bits are promised. Registers and instruction counts are compared with
+the committed table for the Triton it was made with; renew it with ``python tests/kernels/aot.py
+--write``.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "aot.py")],
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def _each(survey):
+    for case, by_architecture in survey["cases"].items():
+        for architecture, facts in by_architecture.items():
+            yield f"{case} on {architecture}", architecture, facts
+
+
+def test_nothing_lives_in_local_memory(survey):
+    for name, _, facts in _each(survey):
+        assert facts["stack"] == 0 and facts["spills"] == 0, (name, facts)
+
+
+def test_aligned_configurations_move_128_bits_at_a_time(survey):
+    for name, architecture, facts in _each(survey):
+        if not facts["wide"]:
+            continue
+        scalar_stores = facts["stores"] - facts["stores_128"]
+        assert scalar_stores <= 1, (name, facts)  # the partial sum of a loss
+        assert facts["stores_128"] + facts["loads_128"] > 0, (name, facts)
+        reads = not name.startswith("normal")
+        if reads and architecture.startswith("sm_"):
+            assert facts["loads_128"] > 0, (name, facts)
+
+
+def test_nothing_is_fused_where_bits_are_promised(survey):
+    for name, architecture, facts in _each(survey):
+        if architecture.startswith("sm_") and facts["exact"]:
+            assert facts["fused"] == 0, (name, facts)
+
+
+def test_registers_and_instructions_are_those_of_the_table(survey):
+    table = json.loads((HERE / "aot_table.json").read_text())
+    if table["triton"] != survey["triton"]:
+        pytest.skip(f"the table is of triton {table['triton']}, this is {survey['triton']}")
+    changed = {
+        name: (table["cases"].get(name), facts)
+        for name, facts in survey["cases"].items()
+        if table["cases"].get(name) != facts
+    }
+    assert not changed, "renew with `python tests/kernels/aot.py --write` if this is meant"
+    assert table["cases"].keys() == survey["cases"].keys()
