@@ -75,8 +75,10 @@ class Invitation:
             raise _damaged("its content is not an invitation") from error
         if not site or not re.fullmatch(r"\S+:[0-9]{1,5}", address):
             raise _damaged("it names no site or no address")
-        pems = [_der_to_pem(der, label) for der, label in zip(parts[2:], _LABELS, strict=True)]
-        return cls(site, address, *pems, when)
+        authority, certificate, key = (
+            _der_to_pem(der, label) for der, label in zip(parts[2:], _LABELS, strict=True)
+        )
+        return cls(site, address, authority, certificate, key, when)
 
 
 def _unpack(token: str) -> bytes:
