@@ -1,6 +1,4 @@
 """Runs ``interpreter/`` in its own process where this one has a GPU and compiles its kernels."""
-kernels.
-"""
 
 import os
 import pathlib
