@@ -1,0 +1,279 @@
+"""The study plan: everything that all sites agree on before the first round, as one TOML file.
+
+Each section is a frozen pydantic model that refuses unknown keys; `Plan.toml()` is the canonical
+text of what was understood and `Plan.digest()` its hash, the same for every formatting of the
+same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from diffusion.spec import (
+    ModelSpec,
+    ObjectiveSpec,
+    OptimizerSpec,
+    SamplerSpec,
+    ScheduleSpec,
+    Spec,
+)
+from study.problems import PlanError, explain
+from study.strategies import AnyStrategy, FedAvg
+
+Seconds = Annotated[float, Field(gt=0.0, le=30 * 86_400)]
+
+
+class Study(Spec):
+    """[study]: who this is."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """Short name: lower-case letters, digits and hyphens."""
+
+    title: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+    """One line for people."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """The first model is derived from it at every site."""
+
+
+class Quorum(NamedTuple):
+    """Threshold t and tolerated colluding silos c of a study with a given roster."""
+
+    threshold: int
+    colluders: int
+
+
+class SecureSum(Spec):
+    """[secure_sum]: what the secure sum tolerates, and the width of its words."""
+
+    threshold: Annotated[int, Field(ge=2, le=255)] | None = None
+    """t: silos that must stay for a sum to be revealed; absent = floor(2N/3) + 1."""
+
+    colluders: Annotated[int, Field(ge=0, le=255)] | None = None
+    """c: silos that may be in league with the coordinator; absent = as many as possible."""
+
+    ring: Literal[8, 16, 32] = 16
+    """Bits per parameter on the wire."""
+
+    def quorum(self, silos: int) -> Quorum:
+        """t and c for a roster of N silos; raises PlanError unless 2t > N + c and t − c ≥ 2.
+
+        2t > N + c: any two sets of t silos share one that is honest, and it unmasks only once.
+        t − c ≥ 2: what c colluders subtract from a sum leaves at least two silos in it.
+        """
+        N, where = silos, f"[secure_sum] with a roster of {silos}"
+        if N < 3:
+            raise PlanError(where, "of two silos each can compute the other's part: invite more")
+        t = 2 * N // 3 + 1 if self.threshold is None else self.threshold
+        if t > N:
+            raise PlanError(where, f"threshold = {t} exceeds the {N} silos: use at most {N}")
+        most = min(2 * t - N - 1, t - 2)
+        if most < 0:
+            fix = f"use at least {N // 2 + 1}, or leave it out"
+            raise PlanError(where, f"threshold = {t} is no majority (2t > N + c): {fix}")
+        c = most if self.colluders is None else self.colluders
+        if c > most:
+            fix = f"use at most {most}" + (", or a higher threshold" if t < N else "")
+            rule = f"too many for threshold = {t} (2t > N + c and t − c ≥ 2)"
+            raise PlanError(where, f"colluders = {c} is {rule}: {fix}")
+        return Quorum(t, c)
+
+
+class Deadlines(Spec):
+    """[deadlines]: seconds after which the coordinator closes each step of a session."""
+
+    advertise: Seconds = 900.0
+    """From the task to the adverts: local training, sampling and encoding happen here."""
+
+    share: Seconds = 60.0
+    """Key shares."""
+
+    input: Seconds = 300.0
+    """The upload of the masked vector."""
+
+    confirm: Seconds = 60.0
+    """Confirmations of who is in the sum."""
+
+    unmask: Seconds = 60.0
+    """What unmasking needs."""
+
+
+class Data(Spec):
+    """[data]: the images every site brings, as uint8."""
+
+    image_size: Annotated[int, Field(ge=4, le=1024)]
+    """Height and width in pixels; sites resize to it."""
+
+    channels: Annotated[int, Field(ge=1, le=16)] = 1
+    """1 = greyscale, 3 = RGB."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.image_size, self.image_size
+
+
+class WarmUp(Spec):
+    """[warm_up]: the local DDPM that each silo samples its auxiliary images from."""
+
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Training steps from the study's first model, on the silo's own images."""
+
+
+class Auxiliary(Spec):
+    """[auxiliary]: the anonymous union of locally sampled images."""
+
+    images: Annotated[int, Field(ge=10, le=1_000_000)]
+    """M: images wanted in all; each silo makes its share by the coarse counts."""
+
+    slots_per_image: Annotated[int, Field(ge=2, le=64)] = 8
+    """Places drawn from, per image wanted: at 8, one image in eight is lost to a collision."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Reservations before the union goes on without the silos that keep vanishing."""
+
+    audit_quantile: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """A sample nearer to a training image than this quantile of the nearest-neighbour distances
+    within the site's own images is dropped; 0 drops the nearest only."""
+
+
+class Rounds(Spec):
+    """[rounds]: the federated rounds."""
+
+    count: Annotated[int, Field(ge=1, le=100_000)]
+    """Number of model rounds."""
+
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Training steps per silo and round: the same everywhere, so that time tells nothing."""
+
+    first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] = 0.05
+    """Largest change of a parameter in the first round; later clips follow the aggregates."""
+
+
+class Evaluation(Spec):
+    """[evaluation]: FID by securely summed features."""
+
+    feature_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    """Name of the feature network."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of its weights: 64 lower-case hexadecimal digits."""
+
+    feature_bound: Annotated[float, Field(gt=0.0, le=1e6)] = 64.0
+    """Largest magnitude of a feature; what exceeds it is clipped and counted."""
+
+    samples: Annotated[int, Field(ge=2, le=1_000_000)]
+    """Images sampled from the global model; FID depends on it."""
+
+    every: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Evaluate after every so many rounds, and after the last."""
+
+
+class Plan(Spec):
+    """A study plan. Sections without a default must be there."""
+
+    study: Study
+    secure_sum: SecureSum = SecureSum()
+    deadlines: Deadlines = Deadlines()
+    data: Data
+    model: ModelSpec
+    schedule: ScheduleSpec = ScheduleSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    sampler: SamplerSpec = SamplerSpec()
+    warm_up: WarmUp | None = None
+    auxiliary: Auxiliary | None = None
+    rounds: Rounds
+    strategy: AnyStrategy = FedAvg()
+    evaluation: Evaluation | None = None
+
+    def toml(self) -> str:
+        """The canonical text: every key with its value, in the order of the models."""
+        lines: list[str] = []
+        for name, section in self.model_dump(mode="json", exclude_none=True).items():
+            lines += ["", f"[{name}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+        return "\n".join(lines[1:]) + "\n"
+
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical text: 32 bytes."""
+        return hashlib.sha256(b"concilium/plan/1\n" + self.toml().encode()).digest()
+
+    def validate_roster(self, silos: int) -> Quorum:
+        """t and c for N = `silos`; raises PlanError where the plan cannot be run with so many."""
+        quorum = self.secure_sum.quorum(silos)
+        room = min(2 ** (self.secure_sum.ring - 1) - 2, 255)
+        if silos > room:
+            where, ring = f"a roster of {silos}", self.secure_sum.ring
+            fix = "use 16" if ring == 8 else "that is the most a study can have"
+            raise PlanError(where, f"secure_sum.ring = {ring} has room for {room} silos: {fix}")
+        return quorum
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        for key in ("image_size", "channels"):
+            if getattr(self.model, key) != getattr(self.data, key):
+                raise ValueError(
+                    f"model.{key} = {getattr(self.model, key)} differs from data.{key} = "
+                    f"{getattr(self.data, key)}: leave it out of [model]"
+                )
+        try:
+            self.sampler.check_against(self.schedule)
+        except ValueError as error:
+            raise ValueError(f"sampler.{error}") from error
+        if self.strategy.correction and self.auxiliary is None:
+            raise ValueError(
+                f'strategy.kind = "{self.strategy.kind}" corrects on auxiliary images: '
+                "add [auxiliary] with `images = …`, or use another strategy"
+            )
+        if self.auxiliary and self.warm_up is None:
+            raise ValueError(
+                "warm_up is missing, but [auxiliary] samples the local models it trains: "
+                "add [warm_up] with `steps = …`"
+            )
+        return self
+
+
+def load_plan(source: Path | str) -> Plan:
+    """The plan in a file (a Path) or in a text (a str).
+
+    Raises PlanError, which says for every problem where it is, what was given and what to write
+    instead.
+    """
+    where = str(source) if isinstance(source, Path) else "plan"
+    try:
+        text = source.read_text("utf-8") if isinstance(source, Path) else source
+        raw = tomllib.loads(text)
+    except OSError as error:
+        raise PlanError(where, f"cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(where, f"byte {error.start} is no UTF-8: save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(where, f"is no TOML: {error}") from error
+    _take_image_shape_from_data(raw)
+    try:  # as JSON, where strict still takes an array for a tuple and 1 for 1.0
+        return Plan.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        raise PlanError(where, *explain(error, Plan)) from error
+
+
+def _take_image_shape_from_data(raw: dict[str, Any]) -> None:
+    data, model = raw.get("data"), raw.get("model")
+    if isinstance(data, dict) and isinstance(model, dict):
+        for key in ("image_size", "channels"):
+            if key in data:
+                model.setdefault(key, data[key])
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)  # booleans, integers and strings as in TOML

@@ -1,0 +1,90 @@
+"""The one interface of all strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.spec import Spec
+
+Vector: TypeAlias = NDArray[np.float32]
+State: TypeAlias = Mapping[str, Vector | int]
+"""What a strategy remembers between rounds: arrays and integers, so that any store can keep it."""
+
+
+@dataclass(frozen=True)
+class LocalRules:
+    """The silo's half: what a strategy changes in local training."""
+
+    proximal_mu: float = 0.0
+    """μ of the proximal term μ/2 · ‖θ − θ_global‖² in the local loss; 0 = none."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How the coordinator optimises the aggregate on the auxiliary set when it is told to."""
+
+    steps: int
+    learning_rate: float
+    held_out: float
+    """Share of the auxiliary images that correction never sees: the trigger watches these."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What the coordinator noted of one completed round."""
+
+    round: int
+    aux_loss_before: float | None
+    """Held-out auxiliary loss of the aggregate, before any correction."""
+    aux_loss_after: float | None = None
+    """The same after the correction, where there was one."""
+    corrected: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to correct now, why, and the numbers the answer rests on."""
+
+    correct: bool
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Strategy(Spec):
+    """A table of the plan and what it means. Pure: state comes in and goes out."""
+
+    def local_rules(self) -> LocalRules:
+        """The silo's half."""
+        return LocalRules()
+
+    @property
+    def correction(self) -> Correction | None:
+        """How to correct, or None for a strategy that never does and needs no auxiliary set."""
+        return None
+
+    def initial_state(self, size: int) -> State:
+        """The state before the first round, for a model of `size` parameters."""
+        return {}
+
+    def aggregate(
+        self, state: State, global_vector: Vector, mean_delta: Vector, round: int
+    ) -> tuple[State, Vector]:
+        """The next state and global model from the weighted mean delta (float32 [n] both).
+
+        FedAvg's step θ_{r+1} = θ_r + mean δ unless a strategy says otherwise. Neither argument is
+        changed. `round` counts from 1.
+        """
+        return state, global_vector + mean_delta
+
+    def decide(self, history: Sequence[RoundRecord]) -> Decision:
+        """Whether to correct the aggregate of the last round in `history` (completed rounds, in
+        order).
+
+        The last record has its `aux_loss_before` and is not corrected yet.
+        """
+        return Decision(False, f"{type(self).__name__} never corrects")

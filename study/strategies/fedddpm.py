@@ -1,0 +1,45 @@
+"""FedDDPM: Peng, Wang, Chen, Rao, Shen, *Federated Learning for Diffusion Models* (arXiv
+2503.06426).
+
+    θ̃_{r+1} = θ_r + Σ_i w_i δ_i                          aggregate, as FedAvg does
+    θ_{r+1} = K steps of AdamW on L_DDPM(θ; A), from θ̃_{r+1}     correct, every round
+
+where A is the auxiliary set: samples of the silos' local models. The correction is the
+coordinator's to run; this file says when, how long and on which share of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from study.strategies.base import Correction, Decision, RoundRecord, Strategy
+
+
+class Corrected(Strategy):
+    """FedAvg with corrections on the auxiliary set; when, is for its heirs to say."""
+
+    correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """K: optimiser steps per correction."""
+
+    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
+    """AdamW's step size in a correction."""
+
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the auxiliary images that correction never sees: the loss is watched on these."""
+
+    @property
+    def correction(self) -> Correction:
+        return Correction(self.correction_steps, self.correction_learning_rate, self.held_out)
+
+
+class FedDDPM(Corrected):
+    """FedAvg, corrected after every aggregation."""
+
+    kind: Literal["fedddpm"] = "fedddpm"
+    """Correct the aggregate every round."""
+
+    def decide(self, history: Sequence[RoundRecord]) -> Decision:
+        return Decision(True, "FedDDPM corrects every round")
