@@ -1,0 +1,43 @@
+"""One-shot correction of the aggregate on the auxiliary set (arXiv 2503.06426)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from diffusion.execution import Execution
+from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
+from diffusion.training import Images, TrainResult, train
+
+
+def calibrate(
+    model: nn.Module,
+    auxiliary: Images,
+    *,
+    steps: int,
+    learning_rate: float,
+    schedule: ScheduleSpec,
+    objective: ObjectiveSpec,
+    optimizer: OptimizerSpec,
+    seed: int,
+    execution: Execution,
+    progress: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Take `steps` steps at `learning_rate` on `auxiliary` (uint8 (n, c, h, w)), in place.
+
+    Everything else is the optimiser the silos use; its warm-up is skipped, since the model is
+    trained already. Give each correction its own seed. Raises ValueError as `train` does.
+    """
+    corrector = optimizer.model_copy(update={"learning_rate": learning_rate, "warmup_steps": 0})
+    return train(
+        model,
+        auxiliary,
+        steps=steps,
+        schedule=schedule,
+        objective=objective,
+        optimizer=corrector,
+        seed=seed,
+        execution=execution,
+        progress=progress,
+    )

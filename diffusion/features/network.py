@@ -1,0 +1,130 @@
+"""The feature network: a small convolutional classifier whose penultimate layer is the feature.
+
+    x  = images as greyscale, resized, v·2/255 − 1              (n, 1, s, s)
+    f  = min(ReLU(W·convs(x) + b), FEATURE_BOUND)               (n, 64), within [0, FEATURE_BOUND]
+    c  = mean of f over the held-out training images            (64,), public: it is stored with
+    the weights
+
+f is bounded so that Σ(f − c) and Σ(f − c)(f − c)ᵀ fit a fixed-point range known in advance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+Images = NDArray[np.uint8]
+
+FEATURES = 64
+FEATURE_BOUND = 6.0
+
+
+class FeatureFileError(ValueError):
+    """A feature network's file is not the pinned one: reinstall the package."""
+
+
+@dataclass(frozen=True)
+class PinnedNetwork:
+    """A feature network that ships with the project."""
+
+    file: str
+    sha256: str
+    image_size: int
+    layers: tuple[tuple[int, int], ...]
+    """(channels, stride) of each 3×3 convolution."""
+
+
+FEATURE_NETWORKS = {
+    "digits": PinnedNetwork(
+        file="digits.safetensors",
+        sha256="?",
+        image_size=8,
+        layers=((24, 1), (32, 1), (32, 2)),
+    ),
+    "fashion-mnist": PinnedNetwork(
+        file="fashion-mnist.safetensors",
+        sha256="?",
+        image_size=28,
+        layers=((16, 1), (32, 2), (36, 2), (36, 2)),
+    ),
+}
+
+
+class FeatureNetwork(nn.Module):
+    """See the module's docstring. `classify(features)` are the logits it was trained on."""
+
+    center: torch.Tensor
+
+    def __init__(self, image_size: int, layers: tuple[tuple[int, int], ...], classes: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        convolutions: list[nn.Module] = []
+        channels, size = 1, image_size
+        for width, stride in layers:
+            convolutions += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.ReLU()]
+            channels, size = width, -(-size // stride)
+        self.convolutions = nn.Sequential(*convolutions)
+        self.project = nn.Linear(channels * size * size, FEATURES)
+        self.classify = nn.Linear(FEATURES, classes)
+        self.register_buffer("center", torch.zeros(FEATURES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (n, 64) of x (n, 1, s, s) in [−1, 1]."""
+        hidden = self.convolutions(x).flatten(1)
+        features: torch.Tensor = self.project(hidden).clamp(0.0, FEATURE_BOUND)
+        return features
+
+    @torch.no_grad()
+    def extract(self, images: Images, batch_size: int = 512) -> NDArray[np.float32]:
+        """Features of uint8 images (n, c, h, w) of any size, c = 1 or 3: float32 (n, 64)."""
+        features = np.empty((len(images), FEATURES), dtype=np.float32)
+        for start in range(0, len(images), batch_size):
+            f = self(self.prepare(torch.tensor(images[start : start + batch_size])))
+            features[start : start + len(f)] = f.cpu().numpy()
+        return features
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, c, h, w) → float32 (n, 1, s, s) in [−1, 1], bilinear with antialiasing."""
+        x = images.to(self.center.device).float().mean(dim=1, keepdim=True) * (2.0 / 255.0) - 1.0
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            x = functional.interpolate(x, size, mode="bilinear", antialias=True)
+        return x
+
+    def public_center(self) -> NDArray[np.float32]:
+        """c, the same for everyone: float32 (64,)."""
+        center: NDArray[np.float32] = self.center.cpu().numpy()
+        return center
+
+
+def build_feature_network(name: str, classes: int = 10) -> FeatureNetwork:
+    """The untrained network `name`; raises KeyError for an unknown name."""
+    pinned = FEATURE_NETWORKS[name]
+    return FeatureNetwork(pinned.image_size, pinned.layers, classes)
+
+
+def load_feature_network(name: str) -> FeatureNetwork:
+    """The pinned network `name` with the weights that ship with the project, on the CPU.
+
+    Raises ValueError for an unknown name, FeatureFileError for a file of another hash.
+    """
+    if name not in FEATURE_NETWORKS:
+        known = ", ".join(sorted(FEATURE_NETWORKS))
+        raise ValueError(f'feature network "{name}" is unknown: use one of {known}')
+    pinned = FEATURE_NETWORKS[name]
+    path = Path(__file__).with_name(pinned.file)
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != pinned.sha256:
+        raise FeatureFileError(f"{path} has SHA-256 {found}, expected {pinned.sha256}")
+    network = build_feature_network(name)
+    network.load_state_dict(safetensors.torch.load(content))
+    return network.eval()
