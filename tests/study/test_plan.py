@@ -1,0 +1,199 @@
+"""A plan is read whole or refused with the key, the value and the fix."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from study.plan import Plan, load_plan
+from study.problems import PlanError
+from study.strategies import FedAvg, FedDDPMPlus
+
+EXAMPLE = (resources.files("study") / "plans" / "digits.toml").read_text("utf-8")
+
+MINIMAL = """
+[study]
+name = "tiny"
+title = "The least a plan can say"
+seed = 1
+[data]
+image_size = 8
+[model]
+block_out_channels = [32]
+attention = [false]
+[rounds]
+count = 1
+local_steps = 1
+"""
+
+
+def changed(old: str, new: str) -> str:
+    assert EXAMPLE.count(old) >= 1
+    return EXAMPLE.replace(old, new, 1)
+
+
+def test_the_example_plan_loads():
+    plan = load_plan(EXAMPLE)
+    assert plan.study.name == "digits"
+    assert isinstance(plan.strategy, FedDDPMPlus)
+    assert plan.data.shape == (1, 8, 8)
+    assert (plan.model.image_size, plan.model.channels) == (8, 1)
+
+
+def test_a_minimal_plan_has_the_documented_defaults():
+    plan = load_plan(MINIMAL)
+    assert plan.strategy == FedAvg()
+    assert plan.secure_sum.ring == 16
+    assert plan.auxiliary is None
+    assert plan.evaluation is None
+
+
+def test_a_plan_is_read_from_a_file(tmp_path: Path):
+    path = tmp_path / "plan.toml"
+    path.write_text(EXAMPLE, "utf-8")
+    assert load_plan(path) == load_plan(EXAMPLE)
+
+
+@pytest.mark.parametrize("text", [EXAMPLE, MINIMAL])
+def test_the_canonical_text_is_the_same_plan(text):
+    plan = load_plan(text)
+    assert load_plan(plan.toml()) == plan
+    assert load_plan(plan.toml()).toml() == plan.toml()
+
+
+def test_the_digest_does_not_see_formatting():
+    plain = load_plan(EXAMPLE)
+    squeezed = re.sub(r"\s*#[^\n]*", "", EXAMPLE).replace("5.0", "5").replace("2e-3", "0.0020")
+    assert load_plan(squeezed).digest() == plain.digest()
+    sections = [f"[{part}" for part in squeezed.split("\n[") if part.strip()]
+    assert load_plan("\n".join(reversed(sections))).digest() == plain.digest()
+    assert len(plain.digest()) == 32
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("seed = 2503", "seed = 2504"),
+        ("ring = 16", "ring = 32"),
+        ("tau = 0.05", "tau = 0.06"),
+        ("# threshold = 3", "threshold = 3"),
+        ("digits, 8×8", "digits, 8x8"),
+    ],
+)
+def test_the_digest_changes_with_every_value(old, new):
+    assert load_plan(changed(old, new)).digest() != load_plan(EXAMPLE).digest()
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=50))
+def test_any_title_survives_the_canonical_text(title):
+    plan = load_plan(MINIMAL)
+    study = plan.study.model_copy(update={"title": title})
+    text = plan.model_copy(update={"study": study}).toml()
+    assert tomllib.loads(text)["study"]["title"] == title
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("count = 8", "count = -1", r"rounds\.count = -1: use at least 1"),
+        ("count = 8", "count = true", r"rounds\.count = true: use a whole number"),
+        ("count = 8", "cuont = 8", r"rounds\.cuont = 8 is unknown: did you mean count\?"),
+        ("count = 8", "", r"rounds\.count is missing: write `count = …` in \[rounds\]"),
+        ("[rounds]", "[round]", r"\[round\] is unknown: did you mean rounds\?"),
+        ("[rounds]", "[round]", r"rounds is missing: add a section \[rounds\] with count, local"),
+        ("window = 2", 'window = "2"', r'strategy\.window = "2": use a whole number, without quo'),
+        ("window = 2", "windw = 2", r"strategy\.windw = 2 is unknown: did you mean window\?"),
+        ('"fedddpm_plus"', '"fedavgg"', r'strategy\.kind = "fedavgg" is unknown: use one of "fed'),
+        ('kind = "fedddpm_plus"', "", r"strategy\.kind is missing: write `kind = …` in \[strat"),
+        ("ring = 16", "ring = 12", r"secure_sum\.ring = 12: use 8, 16 or 32"),
+        ("share = 30", "share = 0", r"deadlines\.share = 0: use more than 0"),
+        ("[32, 64]", "[32, 0]", r"model\.block_out_channels\[1\] = 0: use at least 1"),
+        ("[32, 64]", "[32, 60]", r"model\.norm_num_groups = 8 does not divide 60"),
+        ("steps = 50", "steps = 37", r"sampler\.steps = 37 does not divide .* use 40"),
+        ("[model]", "[model]\nimage_size = 16", r"model\.image_size = 16 differs from data\.image"),
+        ("tau = 0.05", "tau = nan", r"strategy\.tau = NaN: use a finite number"),
+        ('name = "digits"', 'name = "My digits"', r'study\.name = "My digits": use text that mat'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_key_the_value_and_the_fix(old, new, message):
+    with pytest.raises(PlanError, match=message):
+        load_plan(changed(old, new))
+
+
+def test_every_problem_is_named_at_once():
+    text = changed("count = 8", "count = 0").replace("ring = 16", "ring = 64")
+    with pytest.raises(PlanError) as caught:
+        load_plan(text)
+    assert len(caught.value.problems) == 2
+
+
+def test_wrong_toml_is_refused_with_line_and_column(tmp_path: Path):
+    path = tmp_path / "broken.toml"
+    path.write_text('[study]\nname = "a\n', "utf-8")
+    with pytest.raises(PlanError, match=r"broken\.toml: is no TOML: .*line 2, column 10"):
+        load_plan(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
+    with pytest.raises(PlanError, match=r"none\.toml: cannot be read"):
+        load_plan(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes('title = "Ä"'.encode("latin-1"))
+    with pytest.raises(PlanError, match=r"latin\.toml: byte 9 is no UTF-8"):
+        load_plan(tmp_path / "latin.toml")
+
+
+def test_a_strategy_that_corrects_needs_auxiliary_images_and_these_a_warm_up():
+    with pytest.raises(PlanError, match=r"strategy.kind = \"fedddpm\" corrects .* add \[auxiliary"):
+        load_plan(MINIMAL + '[strategy]\nkind = "fedddpm"\n')
+    with pytest.raises(PlanError, match=r"warm_up is missing, .* add \[warm_up\]"):
+        load_plan(MINIMAL + "[auxiliary]\nimages = 100\n")
+
+
+def secure_sum(**values: int) -> Plan:
+    lines = "".join(f"{k} = {v}\n" for k, v in values.items())
+    return load_plan(MINIMAL + "[secure_sum]\n" + lines)
+
+
+@given(st.integers(3, 255))
+def test_the_default_quorum_is_safe_for_every_roster(silos):
+    t, c = load_plan(MINIMAL).validate_roster(silos)
+    assert t == 2 * silos // 3 + 1
+    assert 2 * t > silos + c
+    assert t - c >= 2
+    assert c >= 1
+    assert not (2 * t > silos + c + 1 and t - c - 1 >= 2), "c is not the largest possible"
+
+
+@pytest.mark.parametrize(("silos", "quorum"), [(3, (3, 1)), (4, (3, 1)), (5, (4, 2))])
+def test_small_rosters_get_the_documented_quorum(silos, quorum):
+    assert load_plan(MINIMAL).validate_roster(silos) == quorum
+
+
+@pytest.mark.parametrize(
+    ("values", "silos", "message"),
+    [
+        ({}, 2, "invite more"),
+        ({"threshold": 5}, 4, "threshold = 5 exceeds the 4 silos: use at most 4"),
+        ({"threshold": 2}, 4, "threshold = 2 is no majority .*: use at least 3"),
+        ({"threshold": 3, "colluders": 2}, 4, "colluders = 2 is too many .* use at most 1"),
+        ({"ring": 8}, 127, "ring = 8 has room for 126 silos: use 16"),
+        ({}, 256, "has room for 255 silos: that is the most"),
+    ],
+)
+def test_a_roster_that_cannot_be_safe_is_refused(values, silos, message):
+    with pytest.raises(PlanError, match=message):
+        secure_sum(**values).validate_roster(silos)
+
+
+def test_nothing_here_imports_torch():
+    modules = "study.plan, study.encoding, study.reservation, study.fixed_point, study.strategies"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,144 @@
+"""Strategies compute their papers' equations, and decide for reasons that can be checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from study.strategies import (
+    FedAdam,
+    FedAvg,
+    FedDDPM,
+    FedDDPMPlus,
+    FedProx,
+    FedYogi,
+    RoundRecord,
+)
+
+ALL = [FedAvg(), FedProx(mu=0.1), FedAdam(), FedYogi(), FedDDPM(), FedDDPMPlus()]
+
+
+def f32(*values: float):
+    return np.array(values, np.float32)
+
+
+def history(*losses: float | None, corrected: tuple[int, ...] = ()):
+    return [RoundRecord(r, loss, None, r in corrected) for r, loss in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.kind)
+def test_aggregation_keeps_dtype_shape_and_its_arguments(strategy):
+    theta, delta = f32(1, 2, 3), f32(0.5, 0, -0.5)
+    state = strategy.initial_state(3)
+    before = {k: np.copy(v) for k, v in state.items()}
+    _, new = strategy.aggregate(state, theta, delta, 1)
+    assert new.dtype == np.float32
+    assert new.shape == (3,)
+    np.testing.assert_array_equal(theta, f32(1, 2, 3))
+    np.testing.assert_array_equal(delta, f32(0.5, 0, -0.5))
+    for key, value in before.items():
+        np.testing.assert_array_equal(state[key], value)
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAvg(), FedProx(mu=0.1), FedDDPM(), FedDDPMPlus()], ids=lambda s: s.kind
+)
+def test_fedavg_adds_the_mean_delta(strategy):
+    _, new = strategy.aggregate({}, f32(1, 2), f32(0.25, -1), 1)
+    np.testing.assert_array_equal(new, f32(1.25, 1))
+
+
+@pytest.mark.parametrize("kind", [FedAdam, FedYogi])
+def test_server_optimisers_follow_algorithm_2(kind):
+    strategy = kind(server_learning_rate=0.1, beta1=0.9, beta2=0.99, tau=1e-3)
+    rng = np.random.default_rng(0)
+    state, theta = strategy.initial_state(5), np.zeros(5, np.float32)
+    m, v, x = np.zeros(5), np.full(5, 1e-6), np.zeros(5)
+    for round_ in range(1, 20):
+        delta = rng.standard_normal(5).astype(np.float32) * 0.01
+        state, theta = strategy.aggregate(state, theta, delta, round_)
+        d = delta.astype(float)
+        m = 0.9 * m + 0.1 * d
+        if kind is FedAdam:
+            v = 0.99 * v + 0.01 * d**2
+        else:
+            v = v - 0.01 * d**2 * np.sign(v - d**2)
+        x = x + 0.1 * m / (np.sqrt(v) + 1e-3)
+    np.testing.assert_allclose(theta, x, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [FedAdam(), FedYogi()], ids=lambda s: s.kind)
+def test_a_state_that_went_through_bytes_goes_on_the_same(strategy):
+    state, theta = strategy.aggregate(strategy.initial_state(3), f32(0, 0, 0), f32(1, 2, 3), 1)
+    restored = {k: np.frombuffer(np.asarray(v).tobytes(), np.float32) for k, v in state.items()}
+    _, one = strategy.aggregate(state, theta, f32(1, -1, 1), 2)
+    _, other = strategy.aggregate(restored, theta, f32(1, -1, 1), 2)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_only_fedprox_changes_local_training():
+    assert FedProx(mu=0.1).local_rules().proximal_mu == 0.1
+    assert {s.local_rules().proximal_mu for s in ALL if s.kind != "fedprox"} == {0.0}
+
+
+def test_only_the_fedddpm_family_corrects():
+    assert [s.kind for s in ALL if s.correction] == ["fedddpm", "fedddpm_plus"]
+    assert not FedAvg().decide(history(1.0, 1.0, 1.0, 1.0)).correct
+    assert FedDDPM().decide(history(1.0)).correct
+
+
+PLUS = FedDDPMPlus(window=2, tau=0.05)
+
+
+def test_learning_is_slow_when_the_improvement_over_the_window_is_below_tau():
+    decision = PLUS.decide(history(1.0, 0.99, 0.96))
+    assert decision.correct
+    assert decision.numbers["improvement"] == pytest.approx(0.04)
+    assert decision.numbers["loss"] == 0.96
+    assert decision.numbers["loss_then"] == 1.0
+    assert (decision.numbers["round_then"], decision.numbers["round"]) == (1, 3)
+    assert "4.00%" in decision.reason
+
+
+def test_learning_that_improves_by_tau_or_more_is_left_alone():
+    assert not PLUS.decide(history(1.0, 0.99, 0.95)).correct
+    assert not PLUS.decide(history(1.0, 0.97, 0.5)).correct
+
+
+def test_a_loss_that_rises_is_slow():
+    assert PLUS.decide(history(1.0, 1.0, 1.2)).correct
+
+
+def test_only_the_last_window_counts():
+    assert PLUS.decide(history(9.0, 5.0, 1.0, 1.0, 1.0)).correct
+
+
+def test_no_decision_before_the_window_is_full():
+    decision = PLUS.decide(history(1.0, 1.0))
+    assert not decision.correct
+    assert "needs 3 completed rounds, has 2" in decision.reason
+    assert not PLUS.decide([]).correct
+
+
+def test_after_a_correction_it_waits_for_the_window_and_measures_only_what_came_after():
+    losses = [1.0] * 8
+    fired = []
+    for r in range(1, 9):
+        records = history(*losses[:r], corrected=tuple(fired))
+        if PLUS.decide(records).correct:
+            fired.append(r)
+    assert fired == [3, 6]
+    waiting = PLUS.decide(history(1.0, 1.0, 1.0, 1.0, corrected=(3,)))
+    assert "waits 2 rounds after a correction" in waiting.reason
+
+
+def test_a_window_never_spans_a_correction():
+    records = history(5.0, 5.0, 5.0, 1.0, 1.0, 1.0, corrected=(3,))
+    decision = PLUS.decide(records)
+    assert decision.numbers["round_then"] == 4
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
+def test_a_loss_that_is_no_number_never_triggers(loss):
+    decision = PLUS.decide(history(1.0, 1.0, loss))
+    assert not decision.correct
