@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TypeVar
 
 from secagg.errors import MalformedMessage
@@ -101,7 +102,7 @@ class Reader:
     def indices(self, at_most: int) -> tuple[int, ...]:
         """A set of roster indices: strictly ascending, so that one set has one encoding."""
         values = self.items(self.u16, at_most)
-        if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(values)):
             raise MalformedMessage(f"{self._what}: roster indices are not strictly ascending")
         return values
 

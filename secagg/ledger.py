@@ -231,9 +231,9 @@ class History:
         we confirmed: t honest-enough signatures on two sets cannot exist, so somebody forged.
         """
         record = self.sessions.get(certificate.context)
-        if record and record.confirmed and certificate.is_sum:
-            if certificate.survivors != record.confirmed.survivors:
-                raise Refused(Reason.BAD_CERTIFICATE, "other survivors than we confirmed")
+        ours = record.confirmed.survivors if record and record.confirmed else None
+        if certificate.is_sum and ours not in (None, certificate.survivors):
+            raise Refused(Reason.BAD_CERTIFICATE, "other survivors than we confirmed")
         included = certificate.is_sum and index in certificate.survivors
         return Settled(certificate.context, certificate.digest, certificate.is_sum, included)
 

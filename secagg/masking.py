@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -17,12 +18,12 @@ from numpy.typing import NDArray
 from secagg.errors import InvalidParameters
 from secagg.primitives import Secret
 
-DTYPES = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
+DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
 # One chunk of keystream, zeros and vector together stay in a core's second-level cache.
 CHUNK_BYTES = 256 * 1024
 _COUNTER_AND_NONCE = bytes(16)
 
-Vector = NDArray[np.unsignedinteger]
+Vector = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def apply_masks(vector: Vector, keys: Sequence[MaskKey]) -> None:
     per_chunk = CHUNK_BYTES // vector.dtype.itemsize
     zeros = bytes(CHUNK_BYTES)
     stream = np.empty(per_chunk, dtype=vector.dtype)
-    out = memoryview(stream).cast("B")
+    out = memoryview(stream.data).cast("B")
     ciphers = [
         (Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(), k.sign)
         for k in keys

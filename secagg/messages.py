@@ -163,13 +163,15 @@ class Header:
     @classmethod
     def decode(cls, body: bytes) -> Header:
         reader = Reader(body, "header")
-        digests = tuple(reader.blob(HASH_BYTES) for _ in range(3))
+        t1, commit_r, commit_b = (reader.blob(HASH_BYTES) for _ in range(3))
         dealt = reader.items(lambda: Dealt.read(reader), MAX_SILOS)
         reader.finish()
         receivers = [entry.receiver for entry in dealt]
-        if receivers != sorted(set(receivers)) or any(len(d) != HASH_BYTES for d in digests):
+        if receivers != sorted(set(receivers)) or any(
+            len(value) != HASH_BYTES for value in (t1, commit_r, commit_b)
+        ):
             raise MalformedMessage("header: receivers out of order, or a digest of wrong length")
-        return cls(*digests, dealt)
+        return cls(t1, commit_r, commit_b, dealt)
 
     def to(self, receiver: int) -> Dealt:
         for entry in self.dealt:

@@ -1,4 +1,4 @@
-"""Shamir secret sharing (CACM 22(11), 1979) of 32-byte secrets over the prime field of p = 2^256 + 297.
+"""Shamir secret sharing (CACM 22(11), 1979) of 32-byte secrets modulo p = 2^256 + 297.
 
 p is the smallest prime above 2^256, so every 32-byte string is a field element. A share is the
 value f(x) of a random polynomial of degree t − 1 with f(0) = secret, at x = roster index ≥ 1,

@@ -1,4 +1,4 @@
-"""How a session ends at the coordinator: summed, aborted with proof, or abandoned before any mask."""
+"""How a session ends at the coordinator: summed, aborted with proof, or abandoned unmasked."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class Sharing(CoordinatorState):
 
 @dataclass(frozen=True)
 class Collecting(CoordinatorState):
-    """Step 2: waiting for the masked inputs of U2. From here on the session needs a proof to end."""
+    """Step 2: waiting for the masked inputs of U2. From here on only a proof ends the session."""
 
     adverts: Mapping[int, Signed]
     t1: bytes

@@ -1,4 +1,4 @@
-"""Steps 3 and 4 at the coordinator: one confirmed survivor set, then the keys that unveil its sum."""
+"""Steps 3 and 4 at the coordinator: one confirmed survivor set, and the keys to its sum."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class SiloState(ABC):
             return self, [Send(message)]
         entry = Aborted(event.ctx)
         history = self.history.after(entry)
-        effects = [Record(entry), Send(message)]
+        effects: list[SiloEffect] = [Record(entry), Send(message)]
         if self.session is not None and self.session.digest == event.ctx:
             self.wipe()
             return Waiting(self.party, history), effects
@@ -153,8 +153,8 @@ class SiloState(ABC):
 
         return replace(self, history=history)
 
-    def wipe(self) -> None:
-        """Overwrite the secrets of this state; nothing to do where there are none."""
+    def wipe(self) -> None:  # noqa: B027 - a state without secrets has nothing to overwrite
+        """Overwrite the secrets of this state."""
 
     def _unexpected(self, event: SiloEvent) -> UnexpectedEvent:
         return UnexpectedEvent(f"{type(event).__name__} in state {type(self).__name__}")

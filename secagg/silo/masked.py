@@ -1,9 +1,10 @@
-"""Steps 3 and 4 at a silo: confirm one survivor set, then open what that set, and only it, needs."""
+"""Steps 3 and 4 at a silo: confirm one survivor set, then open what that set alone needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from secagg.codec import Reader, blob, items, u16
 from secagg.context import SessionContext
@@ -64,7 +65,7 @@ def check_survivors(
     party: SiloParty, context: SessionContext, u2: tuple[int, ...], u3: tuple[int, ...]
 ) -> None:
     """self ∈ U3 ⊆ our U2, |U3| ≥ t, and U3 is what a reservation was made with."""
-    if any(a >= b for a, b in zip(u3, u3[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(u3)):
         raise Refused(Reason.NOT_ASCENDING, "survivors")
     if not set(u3) <= set(u2):
         raise Refused(Reason.NOT_A_SUBSET, f"survivors {u3} of {u2}")

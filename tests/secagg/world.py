@@ -1,4 +1,4 @@
-"""Silos and a coordinator in one process, joined by nothing but events: the drivers of the tests."""
+"""Silos and a coordinator in one process, joined by nothing but events: the tests drive it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_roster(
     return Roster("trial", 1, t, c, members), keys
 
 
-def make_context(roster: Roster, **changes: object) -> SessionContext:
+def make_context(roster: Roster, /, **changes: object) -> SessionContext:
     values: dict[str, object] = {
         "study": roster.study,
         "epoch": roster.epoch,
@@ -75,6 +75,7 @@ class SiloWorld:
     disk: list[Entry] = field(default_factory=list)
     upload: Vector | None = None
     alive: bool = True
+    mask_keys: list[bytes] = field(default_factory=list)
 
     def deliver(self, event: SiloEvent) -> list[Send]:
         """Handle an event and carry out its effects; returns what is to be sent, in order."""
@@ -91,10 +92,11 @@ class SiloWorld:
         return sent
 
     def _mask(self, keys: Sequence[MaskKey]) -> list[Send]:
+        self.mask_keys += [mask.key.reveal() for mask in keys]
         masked = self.vector.copy()
         apply_masks(masked, keys)
         self.upload = masked
-        return self.deliver(InputMasked(hashlib.sha256(masked).digest(), masked.nbytes))
+        return self.deliver(InputMasked(hashlib.sha256(masked.tobytes()).digest(), masked.nbytes))
 
     def restart(self) -> None:
         """What a crash leaves: the ledger."""
@@ -180,6 +182,6 @@ def make_world(
     silos = {}
     for index, key in enumerate(keys, start=1):
         party = silo.SiloParty(roster, index, key, Secret(os.urandom(32)), entropy)
-        vector = rng.integers(0, 2**context.ring, context.length, dtype=dtype)
+        vector = np.frombuffer(rng.bytes(context.vector_bytes), dtype)
         silos[index] = SiloWorld(party, silo.start(party), vector)
     return World(roster, silos, coordinator.open_session(roster, context))
