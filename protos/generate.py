@@ -1,7 +1,7 @@
 """Generate the committed stubs, `v1/*_pb2.py` and their kin, from `v1/*.proto`.
 
-`make stubs` writes them, `make stubs-check` (`--check`) compares and changes nothing. Both run in an
-environment of their own, pinned by constraints-stubs.txt, whose tools are the oldest that the
+`make stubs` writes them; `make stubs-check` (`--check`) compares and changes nothing. Both run in
+an environment of their own, pinned by constraints-stubs.txt, whose tools are the oldest that the
 supported runtimes accept.
 """
 
@@ -19,7 +19,7 @@ TYPED_SERVICES = Path(sys.executable).parent / "protoc-gen-mypy_grpc"
 
 
 def generate(out: Path) -> None:
-    """Write the stubs of every proto file under `out`, service stubs only where there is a service."""
+    """Write all stubs under `out`; those for gRPC only where a file defines a service."""
     protos = sorted(p.relative_to(ROOT) for p in (ROOT / SOURCES).glob("*.proto"))
     services = [p for p in protos if re.search(r"^service\s", (ROOT / p).read_text(), re.MULTILINE)]
     compile_protos(protos, f"--python_out={out}", f"--pyi_out={out}")
