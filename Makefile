@@ -19,7 +19,7 @@ PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --q
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
-.PHONY: help demo test check lint format types contracts stubs stubs-check clean FORCE
+.PHONY: help demo test test-slow check lint format types contracts stubs stubs-check clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +32,9 @@ demo: $(VENV)/.demo ## a whole federation on this machine, in about three minute
 
 test: $(VENV)/.test ## the tests; ARGS="-k secagg"
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.test ## the long proofs that `make test` leaves out
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: lint types contracts stubs-check ## every static check
 
