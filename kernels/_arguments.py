@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMAGES = (torch.uint8, *FLOATS)
+OBJECTIVES = ("eps", "x0", "v")
 MAX_ELEMENTS = 1 << 34  # per sample: element // 4 is one 32-bit word of the Philox counter
 
 
@@ -102,6 +103,11 @@ def check_same_shape(op: str, name: str, value: Tensor, other_name: str, other: 
             f"{op}: {name} has shape {tuple(value.shape)}, {other_name} {tuple(other.shape)}; "
             "they must be the same"
         )
+
+
+def check_objective(op: str, objective: str) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"{op}: objective must be one of {OBJECTIVES}, got {objective!r}")
 
 
 def check_timestep_range(op: str, t: Tensor, n_steps: int) -> None:

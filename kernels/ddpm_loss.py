@@ -32,6 +32,7 @@ from kernels._arguments import (
     check_batched,
     check_device,
     check_dtype,
+    check_objective,
     check_same_shape,
     check_schedule,
     check_stream,
@@ -50,7 +51,6 @@ from kernels.q_sample import (
     unit_range_reference,
 )
 
-OBJECTIVES = ("eps", "x0", "v")
 _BLOCKS_PER_CHUNK = 4  # what one program sums
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -408,8 +408,7 @@ def ddpm_loss(
     check_schedule("ddpm_loss", t, alpha_bar, pred.shape[0], pred.device)
     check_stream("ddpm_loss", key, sample_id, step, pred.shape[0], pred.device)
     check_device("ddpm_loss", pred.device, x_0=x_0)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"ddpm_loss: objective must be one of {OBJECTIVES}, got {objective!r}")
+    check_objective("ddpm_loss", objective)
     if snr_gamma is not None and not snr_gamma > 0:
         raise ValueError(f"ddpm_loss: snr_gamma must be positive or None, got {snr_gamma}")
     if x_0.requires_grad and torch.is_grad_enabled():

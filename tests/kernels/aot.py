@@ -39,15 +39,17 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
+    from kernels.adamw_ema import _adamw_ema_kernel
     from kernels.ddpm_loss import _finish_kernel, _residual_kernel
     from kernels.noise import _normal_kernel
     from kernels.q_sample import _q_sample_kernel
+    from kernels.sampler_step import _sampler_step_kernel
 
     stream = {"key": "*i64", "sample_id": "*i64", "step": "*i64"}
     schedule = {"t": "*i64", "alpha_bar": "*fp32", "n_steps": "i32"}
     sizes = {"elements": "i32", "channels": "i32", "spatial": "i32"}
     image = {**stream, **schedule, **sizes}
-    pointers = ("x_0", "x_t", "pred", "residual", "given_eps", "out")
+    pointers = ("x_0", "x_t", "x_s", "pred", "residual", "given_eps", "out")
     found: dict[str, Case] = {}
 
     def add(name: str, kernel: Any, types: dict[str, str], wide: bool, **constants: Any) -> None:
@@ -108,6 +110,29 @@ def cases() -> dict[str, Case]:
         name = f"ddpm_loss/finish {objective}" + (" weighted" if weighted else "")
         fixed = dict(OBJECTIVE=objective, WEIGHTED=weighted, BLOCK=32)
         add(name, _finish_kernel, types, False, **fixed)
+
+    for name, ddim, objective in (("ddpm eps", False, "eps"), ("ddim v", True, "v")):
+        types = {"x_t": "*fp32", "pred": "*bf16", "x_s": "*fp32", "s": "*i64", **image}
+        types |= {"eta": "fp32", "clip": "fp32", "n_blocks": "i32"}
+        fixed = {
+            "DDIM": ddim,
+            "NOISY": True,
+            "CLIPPED": True,
+            "OBJECTIVE": objective,
+            "CHANNELS_LAST": False,
+            "BLOCK": 2048,
+            "WIDE": False,
+        }
+        add(f"sampler_step/{name}", _sampler_step_kernel, types, True, **fixed)
+
+    state = ("param", "exp_avg", "exp_avg_sq", "ema", "anchor", "control")
+    scalars = {"lr": "*fp32", "step": "*i64", "ema_decay": "*fp32", "elements": "i64"}
+    rates = dict.fromkeys(("rate_1", "rate_2", "eps", "weight_decay", "mu"), "fp32")
+    types = {**dict.fromkeys(state, "*fp32"), "grad": "*bf16", **scalars, **rates}
+    full = {"HAS_EMA": True, "HAS_ANCHOR": True, "HAS_CONTROL": True, "BLOCK": 1024}
+    found["adamw_ema/all terms"] = Case(
+        _adamw_ema_kernel, types, full, (*state, "grad", "elements"), wide=True, fp_fusion=True
+    )
     return found
 
 

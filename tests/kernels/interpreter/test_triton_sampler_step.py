@@ -1,0 +1,18 @@
+import pytest
+import torch
+
+from kernels.sampler_step import _launch_sampler_step, sampler_step_reference
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_sampler_step_is_equal_in_every_bit(stream, alpha_bar, layout, objective, eta):
+    s, x_t = stream(3), layout(torch.randn(3, 3, 7, 5))
+    pred = torch.randn(x_t.shape)
+    t, t_next = torch.tensor([999, 20, 0]), torch.tensor([980, 0, -1])
+    for clip in (1.0, None):
+        arguments = (x_t, pred, t, t_next, alpha_bar, s.triple, objective, eta, clip)
+        for format_ in (torch.contiguous_format, torch.channels_last):
+            out = torch.full(x_t.shape, float("nan")).contiguous(memory_format=format_)
+            _launch_sampler_step(*arguments, out)
+            assert torch.equal(out, sampler_step_reference(*arguments))

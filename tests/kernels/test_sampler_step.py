@@ -1,0 +1,149 @@
+import itertools
+
+import diffusers
+import pytest
+import torch
+
+import kernels
+
+T = torch.tensor([999, 500, 20, 0])
+S = torch.tensor([979, 480, 0, -1])
+OBJECTIVES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def _theirs(scheduler, pred, x_t, **options):
+    """One sample after the other, since diffusers takes one timestep for the whole batch."""
+    steps = [
+        scheduler.step(pred[n : n + 1], int(t), x_t[n : n + 1], **_of_sample(options, n))
+        for n, t in enumerate(T)
+    ]
+    return torch.cat([step.prev_sample for step in steps])
+
+
+def _of_sample(options, n):
+    return {k: v[n : n + 1] if torch.is_tensor(v) else v for k, v in options.items()}
+
+
+@pytest.fixture
+def state(stream, make_images):
+    generator = torch.Generator().manual_seed(3)
+    x_t = torch.randn(4, 3, 9, 11, generator=generator)
+    return x_t, torch.randn(x_t.shape, generator=generator), stream(4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ddim_is_that_of_diffusers(state, objective, eta, clip):
+    x_t, pred, s = state
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=OBJECTIVES[objective], clip_sample=clip, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(50)
+    z = kernels.normal(x_t.shape, **s.named)
+    theirs = _theirs(scheduler, pred, x_t, eta=eta, variance_noise=z if eta else None)
+    ours = kernels.sampler_step(
+        x_t, pred, T, S, scheduler.alphas_cumprod, objective=objective, eta=eta,
+        clip=1.0 if clip else None, **s.named,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ddpm_is_that_of_diffusers(state, objective, clip, monkeypatch):
+    x_t, pred, s = state
+    scheduler = diffusers.DDPMScheduler(prediction_type=OBJECTIVES[objective], clip_sample=clip)
+    scheduler.set_timesteps(timesteps=[999, 979, 500, 480, 20, 0])
+    noise = iter(kernels.normal(x_t.shape, **s.named).split(1))
+    monkeypatch.setattr(  # DDPMScheduler has no argument for its noise; it draws none at t = 0
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise)
+    )
+    theirs = _theirs(scheduler, pred, x_t)
+    ours = kernels.sampler_step(
+        x_t, pred, T, S, scheduler.alphas_cumprod, objective=objective,
+        clip=1.0 if clip else None, **s.named,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ddpm_is_ddim_with_eta_one_where_nothing_is_clipped(state, alpha_bar, objective):
+    x_t, pred, s = state
+    steps = [
+        kernels.sampler_step(
+            x_t, pred, T, S, alpha_bar, objective=objective, eta=eta, clip=None, **s.named
+        )
+        for eta in (None, 1.0)
+    ]
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
+
+
+def test_a_perfect_model_walks_back_to_the_image(stream, alpha_bar, make_images):
+    s, x_0 = stream(4), make_images(4)
+    walk = [999, 700, 300, 50, 3, -1]
+    x = kernels.q_sample(x_0, torch.full((4,), walk[0]), alpha_bar, **s.named)
+    for t, t_next in itertools.pairwise(walk):
+        t, t_next = torch.full((4,), t), torch.full((4,), t_next)
+        x = kernels.sampler_step(
+            x, x_0, t, t_next, alpha_bar, objective="x0", eta=0.0, clip=None, **s.named
+        )
+    torch.testing.assert_close(x, x_0)
+
+
+def test_layout_and_batch_do_not_change_the_bits(state, alpha_bar, layout):
+    x_t, pred, s = state
+    whole = kernels.sampler_step(x_t, pred, T, S, alpha_bar, **s.named)
+    moved = kernels.sampler_step(layout(x_t), layout(pred), T, S, alpha_bar, **s.named)
+    assert torch.equal(moved, whole)
+    assert moved.stride() == torch.empty_like(layout(x_t)).stride()
+    for n in range(4):
+        one = slice(n, n + 1)
+        alone = kernels.sampler_step(
+            x_t[one], pred[one], T[one], S[one], alpha_bar,
+            key=s.key, sample_id=s.sample_id[one], step=s.step,
+        )  # fmt: skip
+        assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(state, alpha_bar, dtype):
+    x_t, pred, s = state
+    x_t, pred = x_t.to(dtype), pred.to(dtype)
+    full = kernels.sampler_step(x_t.float(), pred.float(), T, S, alpha_bar, **s.named)
+    assert torch.equal(kernels.sampler_step(x_t, pred, T, S, alpha_bar, **s.named), full.to(dtype))
+
+
+def test_op_passes_opcheck_and_compiles(state, alpha_bar, layout):
+    x_t, pred, s = state
+    arguments = (layout(x_t), pred, T, S, alpha_bar, *s.triple, "v")
+    for eta, clip in ((None, 1.0), (0.5, None)):
+        torch.library.opcheck(torch.ops.concilium.sampler_step.default, (*arguments, eta, clip))
+    torch.compiler.reset()
+    compiled = torch.compile(kernels.sampler_step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(x_t, pred, T, S, alpha_bar, **s.named),
+        kernels.sampler_step(x_t, pred, T, S, alpha_bar, **s.named),
+    )
+
+
+def test_errors_say_what_was_wrong(state, alpha_bar):
+    x_t, pred, s = state
+
+    def call(x_t=x_t, pred=pred, t=T, s_=S, **options):
+        return kernels.sampler_step(x_t, pred, t, s_, alpha_bar, **(s.named | options))
+
+    wrong = [
+        (TypeError, "x_t must be torch.float32", {"x_t": x_t.double()}),
+        (ValueError, "pred has shape", {"pred": pred[:, :1]}),
+        (ValueError, "eta must be 0 to 1", {"eta": 2.0}),
+        (ValueError, "clip must be positive", {"clip": 0.0}),
+        (ValueError, "objective must be one of", {"objective": "noise"}),
+        (ValueError, "t runs from", {"s_": S - 1}),
+    ]
+    for error, message, options in wrong:
+        with pytest.raises(error, match=message):
+            call(**options)
+    x = x_t.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        call(x_t=x).sum().backward()
