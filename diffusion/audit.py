@@ -11,6 +11,7 @@ arXiv 2301.13188, arXiv 2402.01054.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def audit(
         )
     if not 0.0 < quantile < 1.0:
         raise ValueError(f"quantile = {quantile} must lie between 0 and 1, for example 0.05")
-    flat = training.reshape(len(training), -1)
+    flat = _flat(training)
     stride = max(1, -(-len(flat) // compare_at_most))
     compared = flat[::stride]
     own, duplicates = _leave_one_out(compared, flat)
@@ -94,9 +95,9 @@ def audit(
 
 def nearest_distances(images: Images, training: Images) -> Distances:
     """d(image, nearest training image) for each of `images`: float64 (n,)."""
-    flat = training.reshape(len(training), -1)
+    flat = _flat(training)
     nearest = np.full(len(images), np.inf)
-    for rows, squared in _blocks(images.reshape(len(images), -1), flat):
+    for rows, squared in _blocks(_flat(images), flat):
         np.minimum(nearest[rows], squared.min(axis=1), out=nearest[rows])
     return _to_distance(nearest, flat.shape[1])
 
@@ -126,6 +127,10 @@ def _blocks(a: Images, b: Images) -> Iterator[tuple[slice, Distances]]:
             y = b[j : j + _COLUMNS].astype(np.float64)
             yy = np.einsum("ij,ij->i", y, y)[None]
             yield slice(i, i + _BLOCK), xx + yy - 2.0 * (x @ y.T)
+
+
+def _flat(images: Images) -> Images:
+    return images.reshape(len(images), math.prod(images.shape[1:]))
 
 
 def _to_distance(squared: Distances, elements: int) -> Distances:

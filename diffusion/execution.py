@@ -44,15 +44,16 @@ def choose_execution(device: str | None = None, threads: int | None = None) -> E
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f'device = "{chosen}" is not present on this machine: use "cpu"')
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif chosen.type == "cpu":
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f'device = "{name}" is not supported: use "cpu", "cuda" or "cuda:1"')
+    chosen = torch.device(name)
+    if chosen.type == "cpu":
         fast = _cpu_has_amx()
+    elif torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        raise ValueError(f'device = "{chosen}" is not supported: use "cpu", "cuda" or "cuda:N"')
+        raise ValueError(f'device = "{name}" is not present on this machine: use "cpu"')
     return Execution(chosen, torch.bfloat16 if fast else torch.float32, torch.channels_last)
 
 

@@ -66,18 +66,18 @@ def moments(features: NDArray[np.floating], center: NDArray[np.floating] | None 
 def fid(a: Moments, b: Moments) -> float:
     """Fréchet distance of two sets of features, from their moments alone (any centres).
 
-    tr (C_a C_b)^{1/2} is the sum of the roots of the eigenvalues of S C_b S with S = C_a^{1/2}, a
-    symmetric matrix, so no complex square root is taken; eigenvalues that rounding made negative
-    count as zero. Raises ValueError when a set has fewer than two features.
+    tr (C_a C_b)^{1/2} is the sum of the singular values of C_a^{1/2} C_b^{1/2}: no complex root is
+    taken, and covariances of low rank lose no digits. Eigenvalues that rounding made negative count
+    as zero. Raises ValueError when a set has fewer than two features.
     """
     for side in (a, b):
         if side.count < 2:
             raise ValueError(f"a covariance needs at least 2 features, got {side.count}")
     difference = a.mean() - b.mean()
     cov_a, cov_b = a.covariance(), b.covariance()
-    root = _symmetric_root(cov_a)
-    overlap = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0.0)
-    traces = np.trace(cov_a) + np.trace(cov_b) - 2.0 * np.sqrt(overlap).sum()
+    product = _symmetric_root(cov_a) @ _symmetric_root(cov_b)
+    overlap = np.linalg.svd(product, compute_uv=False).sum()
+    traces = np.trace(cov_a) + np.trace(cov_b) - 2.0 * overlap
     return float(difference @ difference + traces)
 
 

@@ -1,5 +1,11 @@
 """Small feature networks for FID and KID, pinned by hash, trained on images that no silo gets.
 
-| name | data | trained on | accuracy on images it never saw |
-|---|---|---|---|
+| name          | input | file    | trained on               | accuracy there | on silos' images  |
+|---------------|-------|---------|--------------------------|----------------|-------------------|
+| digits        | 8×8   | 201 kB  | 297 held-out digits      | 100.0 %        | 95.8 % of 1,500   |
+| fashion-mnist | 28×28 | 259 kB  | the 10,000 test images   | 91.4 %         | 89.4 % of 10,000  |
+
+Measured by `python -m diffusion.features.train`, which made the files. Images of any size are
+resized to the input. These are small classifiers, not Inception: figures made with different
+networks never share a table.
 """

@@ -45,13 +45,13 @@ class PinnedNetwork:
 FEATURE_NETWORKS = {
     "digits": PinnedNetwork(
         file="digits.safetensors",
-        sha256="?",
+        sha256="4e4f009d1d49870e8efdd62e68132fce2aaaa8085b35a722fd19b623ee831d04",
         image_size=8,
         layers=((24, 1), (32, 1), (32, 2)),
     ),
     "fashion-mnist": PinnedNetwork(
         file="fashion-mnist.safetensors",
-        sha256="?",
+        sha256="578e7811b3c7018e6dba198683d9a622770bdafdb88a210248a0bc3e9342975f",
         image_size=28,
         layers=((16, 1), (32, 2), (36, 2), (36, 2)),
     ),
