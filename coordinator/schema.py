@@ -7,6 +7,7 @@ kept as the bytes they are.
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -101,7 +102,7 @@ artifacts = Table(
     Column("study", ForeignKey("studies.id"), primary_key=True),
     Column("sha256", LargeBinary, primary_key=True),
     Column("role", String(40), nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("size", BigInteger, nullable=False),
     Column("published", Boolean, nullable=False),  # whether the silos of the study may have it
 )
 
@@ -166,8 +167,8 @@ traffic = Table(
     metadata,
     Column("study", String(80), primary_key=True),
     Column("site", String(63), primary_key=True),
-    Column("received", Integer, nullable=False),
-    Column("sent", Integer, nullable=False),
+    Column("received", BigInteger, nullable=False),
+    Column("sent", BigInteger, nullable=False),
 )
 
 events = Table(

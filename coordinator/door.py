@@ -1,0 +1,154 @@
+"""Who is calling, whether they may, and how what went wrong is told: the way into every call."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from grpc.aio import AbortError, ServicerContext
+from sqlalchemy.exc import OperationalError
+
+from coordinator.authority import Peer, peer_of
+from coordinator.contacts import Contacts
+from coordinator.records import NoSuchStudy
+from coordinator.registry import RegistryError
+from coordinator.sessions import NotYet
+from coordinator.spool import DiskFull, UploadRefused, WrongOffset
+from coordinator.studies import Denied
+from coordinator.wire import BadRequest, check
+from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
+
+log = structlog.get_logger()
+
+Context = ServicerContext[Message, Message]
+_peer_of = lru_cache(maxsize=1024)(peer_of)
+
+
+class NotFound(Exception):
+    """What was asked for is not here."""
+
+
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (BadRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT),
+    (WrongOffset, grpc.StatusCode.OUT_OF_RANGE),
+    (UploadRefused, grpc.StatusCode.INVALID_ARGUMENT),
+    (Refused, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnexpectedEvent, grpc.StatusCode.FAILED_PRECONDITION),
+    (NotYet, grpc.StatusCode.FAILED_PRECONDITION),
+    (Denied, grpc.StatusCode.PERMISSION_DENIED),
+    (NoSuchStudy, grpc.StatusCode.PERMISSION_DENIED),
+    (RegistryError, grpc.StatusCode.PERMISSION_DENIED),
+    (NotFound, grpc.StatusCode.NOT_FOUND),
+    (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """An authenticated peer, for the time of one call."""
+
+    door: Door
+    peer: Peer
+
+    @property
+    def site(self) -> str:
+        return self.peer.site
+
+    def check(self) -> None:
+        """Raises Denied where the caller may not go on; called again while a call stays open."""
+        if self.peer.token is None:
+            self.door.check(self.peer)
+
+
+class Door:
+    """Lets in whose certificate is in the registry now; `admit` tells it which those are."""
+
+    def __init__(self, contacts: Contacts) -> None:
+        self._contacts = contacts
+        self._admitted: Mapping[str, str] = {}
+
+    def admit(self, certificates: Mapping[str, str]) -> bool:
+        """Serial → site of all that are good; whether that changed anything."""
+        changed = self._admitted != certificates
+        self._admitted = certificates
+        return changed
+
+    def check(self, peer: Peer) -> None:
+        if self._admitted.get(peer.serial) != peer.site:
+            raise Denied(
+                f"the certificate of site '{peer.site}' was revoked or replaced: ask the study "
+                "centre, and join again with a new invitation"
+            )
+
+    @asynccontextmanager
+    async def silo(
+        self, context: Context, request: Message | None, *required: str
+    ) -> AsyncIterator[Caller]:
+        """Around everything that an enrolled silo may call."""
+        async with self._answering(context):
+            caller = self._caller(context)
+            if caller.peer.token is not None:
+                raise Denied(
+                    "an invitation is for joining only: wait for the study centre's approval"
+                )
+            caller.check()
+            self._check(request, required)
+            with self._contacts.call(caller.site):
+                yield caller
+
+    @asynccontextmanager
+    async def invited(
+        self, context: Context, request: Message, *required: str
+    ) -> AsyncIterator[Caller]:
+        """Around what the bearer of an invitation may call."""
+        async with self._answering(context):
+            caller = self._caller(context)
+            if caller.peer.token is None:
+                raise Denied(f"site '{caller.site}' has joined already: call Renew, not Join")
+            self._check(request, required)
+            yield caller
+
+    def _check(self, request: Message | None, required: tuple[str, ...]) -> None:
+        if request is not None:
+            check(request, required)
+
+    def _caller(self, context: Context) -> Caller:
+        found = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+        peer = None if found is None else _peer_of(bytes(found))
+        if peer is None:
+            raise Denied("the client certificate names no site: join with an invitation first")
+        return Caller(self, peer)
+
+    @asynccontextmanager
+    async def _answering(self, context: Context) -> AsyncIterator[None]:
+        """Turn what was raised into a status whose text the caller's log can show."""
+        try:
+            yield
+        except AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+
+async def _abort(context: Context, error: Exception) -> NoReturn:
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            log.info("call.refused", peer=context.peer(), code=code.name, why=str(error))
+            await context.abort(code, str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("disk.full", path=error.filename)
+        full = "the study centre's disk is full: try again later"
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
+    log.error("call.failed", exc_info=error)
+    if isinstance(error, OperationalError):
+        busy = "the study centre's store is busy or full: try again later"
+        await context.abort(grpc.StatusCode.UNAVAILABLE, busy)
+    await context.abort(grpc.StatusCode.INTERNAL, "the coordinator failed; its log says why")

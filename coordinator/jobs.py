@@ -1,0 +1,176 @@
+"""What the worker computes with torch: each function runs in the child process.
+
+Arguments and results are small; models and images travel as files. torch is imported inside the
+functions, because the service imports this module for their names and must stay without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from study.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diffusion.execution import Execution
+
+_MODEL = np.dtype("<f4")
+# Images of a study's grids are numbers 0, 1, … of one seed, so that grids of different rounds show
+# the same noise turned into images by different models; those that FID measures come after.
+_FIRST_MEASURED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to compute."""
+
+    device: str | None
+    threads: int | None
+
+    def execution(self) -> Execution:
+        from diffusion.execution import choose_execution
+
+        return choose_execution(self.device, self.threads)
+
+
+def first_model(plan_text: str, out: Path) -> list[int]:
+    """The model that the plan's seed gives, written to `out`; the sizes of its tensors."""
+    from diffusion.model import build_model, initialise, parameter_layout, to_vector
+
+    plan = load_plan(plan_text)
+    model = build_model(plan.model)
+    initialise(model, plan.study.seed)
+    to_vector(model).astype(_MODEL).tofile(out)
+    return [math.prod(shape) for _, shape, _ in parameter_layout(model)]
+
+
+def draw_grid(machine: Machine, plan_text: str, model: Path, images: int, png: Path) -> None:
+    """A grid of samples of the model, as PNG."""
+    from diffusion.sampling import grid_png
+
+    plan = load_plan(plan_text)
+    drawn = _samples(machine, plan, _load(plan, model), images, first=0)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    grid_png(drawn, png)
+
+
+def write_pipeline(plan_text: str, model: Path, folder: Path) -> None:
+    """The folder that diffusers.DDPMPipeline.from_pretrained loads."""
+    from diffusion.model import save_pipeline
+
+    plan = load_plan(plan_text)
+    save_pipeline(folder, _load(plan, model), plan.schedule, plan.objective)
+
+
+def held_out_loss(machine: Machine, plan_text: str, model: Path, images: Path) -> float:
+    """DDPM loss on auxiliary images (.npy, uint8 [n, c, h, w]), timesteps and noise fixed."""
+    from diffusion.loss import fixed_loss
+
+    plan = load_plan(plan_text)
+    return fixed_loss(
+        _load(plan, model),
+        np.load(images),
+        schedule=plan.schedule,
+        objective=plan.objective,
+        seed=plan.study.seed,
+        execution=machine.execution(),
+    )
+
+
+def correct(
+    machine: Machine,
+    plan_text: str,
+    model: Path,
+    images: Path,
+    steps: int,
+    learning_rate: float,
+    round: int,
+    out: Path,
+) -> float:
+    """Optimise the model on auxiliary images, write it to `out`; the mean training loss."""
+    from diffusion.calibration import calibrate
+    from diffusion.model import to_vector
+
+    plan = load_plan(plan_text)
+    network = _load(plan, model)
+    result = calibrate(
+        network,
+        np.load(images),
+        steps=steps,
+        learning_rate=learning_rate,
+        schedule=plan.schedule,
+        objective=plan.objective,
+        optimizer=plan.optimizer,
+        seed=plan.study.seed + round,
+        execution=machine.execution(),
+    )
+    to_vector(network).astype(_MODEL).tofile(out)
+    return result.loss_sum / result.steps
+
+
+def feature_dimension(network: str, sha256: str) -> int:
+    """d of a feature network; raises ValueError unless its weights are the ones pinned."""
+    from diffusion.features.network import FEATURE_NETWORKS, FEATURES, load_feature_network
+
+    load_feature_network(network)
+    if FEATURE_NETWORKS[network].sha256 != sha256:
+        raise ValueError(
+            f"feature network '{network}' has SHA-256 {FEATURE_NETWORKS[network].sha256} here, the "
+            f"plan pins {sha256}: use the same version of concilium everywhere, or correct the plan"
+        )
+    return FEATURES
+
+
+def frechet_distance(machine: Machine, plan_text: str, model: Path, sums: Path) -> float:
+    """FID of fresh samples of the model against the silos' summed moments (.npz)."""
+    from diffusion.features.network import load_feature_network
+    from diffusion.frechet import Moments, fid, moments
+
+    plan = load_plan(plan_text)
+    assert plan.evaluation is not None  # noqa: S101 - the runner asks only where there is one
+    network = load_feature_network(plan.evaluation.feature_network)
+    center = network.public_center().astype(np.float64)
+    drawn = _samples(
+        machine, plan, _load(plan, model), plan.evaluation.samples, first=_FIRST_MEASURED
+    )
+    with np.load(sums) as file:
+        real = Moments(int(file["count"]), file["total"], file["outer"], center)
+    return fid(real, moments(network.extract(drawn), center))
+
+
+def _samples(
+    machine: Machine, plan: Plan, model: nn.Module, images: int, *, first: int
+) -> NDArray[np.uint8]:
+    from diffusion.sampling import sample
+
+    return sample(
+        model,
+        images,
+        schedule=plan.schedule,
+        objective=plan.objective,
+        sampler=plan.sampler,
+        seed=plan.study.seed,
+        execution=machine.execution(),
+        first_index=first,
+    )
+
+
+def _load(plan: Plan, path: Path) -> nn.Module:
+    from diffusion.model import build_model, load_vector
+
+    model = build_model(plan.model)
+    load_vector(model, np.fromfile(path, dtype=_MODEL).astype(np.float32, copy=False))
+    return model
+
+
+def preload(imports: Sequence[str] = ("torch", "diffusers")) -> dict[str, Any]:
+    """Import what every job needs, so that the first one does not wait for it."""
+    return {name: __import__(name).__version__ for name in imports}

@@ -1,0 +1,323 @@
+"""Transactions about studies: state and answers, sessions and their events, results, artifacts.
+
+Every function runs inside `Store.run` or `Store.do`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from coordinator.schema import (
+    answers,
+    artifacts,
+    refusals,
+    results,
+    session_events,
+    sessions,
+    studies,
+)
+from coordinator.store import note
+
+
+class NoSuchStudy(Exception):
+    """There is no study of this name; `study list` shows those there are."""
+
+
+# --- studies
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One study as the store knows it."""
+
+    id: str
+    plan: str
+    roster: bytes
+    wanted: str
+    """run, pause or stop: what the operator asked for."""
+    state: str
+    """offered, running, finished, stopped or failed."""
+    stage: str
+    error: str | None
+    model: bytes | None
+    created: float
+    ended: float | None
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("finished", "stopped", "failed")
+
+
+def all_studies(c: Connection) -> list[StudyRow]:
+    return [
+        StudyRow(**row) for row in c.execute(select(studies).order_by(studies.c.created)).mappings()
+    ]
+
+
+def study(c: Connection, name: str) -> StudyRow:
+    row = c.execute(select(studies).where(studies.c.id == name)).mappings().first()
+    if row is None:
+        raise NoSuchStudy(
+            f"there is no study '{name}': `concilium study list` shows those there are"
+        )
+    return StudyRow(**row)
+
+
+def create_study(c: Connection, name: str, plan: str, roster: bytes, fingerprint: str) -> None:
+    row = StudyRow(name, plan, roster, "run", "offered", "offered", None, None, time.time(), None)
+    c.execute(insert(studies).values(**vars(row)))
+    note(c, "study.created", name, roster=fingerprint)
+
+
+def want(c: Connection, name: str, wanted: str) -> None:
+    """Note what the operator wants of a study: run, pause, stop."""
+    before = study(c, name)
+    if before.wanted != wanted:
+        c.execute(update(studies).where(studies.c.id == name).values(wanted=wanted))
+        note(c, f"study.{wanted}", name)
+
+
+def set_stage(c: Connection, name: str, stage: str) -> None:
+    c.execute(update(studies).where(studies.c.id == name).values(stage=stage, error=None))
+
+
+def set_error(c: Connection, name: str, error: str) -> None:
+    """What keeps the study from going on, for a person; cleared by the next stage."""
+    if study(c, name).error != error:
+        c.execute(update(studies).where(studies.c.id == name).values(error=error))
+        note(c, "study.error", name, error=error)
+
+
+def set_state(c: Connection, name: str, state: str, error: str | None = None) -> None:
+    before = study(c, name)
+    if before.state == state:
+        return
+    values: dict[str, Any] = {"state": state, "error": error}
+    if state in ("finished", "stopped", "failed"):
+        values |= {"ended": time.time(), "stage": state}
+    c.execute(update(studies).where(studies.c.id == name).values(**values))
+    note(c, f"study.{state}", name, **({"error": error} if error else {}))
+
+
+def set_model(c: Connection, name: str, sha256: bytes) -> None:
+    c.execute(update(studies).where(studies.c.id == name).values(model=sha256))
+
+
+def answer(c: Connection, name: str, site: str, accepted: bool, rule: str) -> None:
+    """What an institution says to the offer; it may think again until the study runs."""
+    where = (answers.c.study == name) & (answers.c.site == site)
+    before = c.execute(select(answers).where(where)).first()
+    if before is not None and before.accepted == accepted:
+        return
+    values = {"accepted": accepted, "rule": rule, "at": time.time()}
+    if before is None:
+        c.execute(insert(answers).values(study=name, site=site, **values))
+    else:
+        c.execute(update(answers).where(where).values(**values))
+    note(c, "study.accepted" if accepted else "study.declined", name, site=site, rule=rule)
+
+
+def answers_of(c: Connection, name: str) -> dict[str, tuple[bool, str]]:
+    """site → (accepted, rule that forbids it)."""
+    rows = c.execute(select(answers).where(answers.c.study == name))
+    return {row.site: (row.accepted, row.rule) for row in rows}
+
+
+# --- results of the runner's steps
+
+
+def result(c: Connection, name: str, key: str) -> Any:
+    """The JSON value stored under `key`, or None."""
+    where = (results.c.study == name) & (results.c.key == key)
+    row = c.execute(select(results.c.value).where(where)).first()
+    return None if row is None else json.loads(row.value)
+
+
+def put_result(c: Connection, name: str, key: str, value: Any) -> None:
+    text = json.dumps(value)
+    c.execute(insert(results).values(study=name, key=key, value=text, at=time.time()))
+
+
+def results_of(c: Connection, name: str) -> dict[str, Any]:
+    """Every result of a study, in the order in which they were reached."""
+    query = select(results).where(results.c.study == name).order_by(results.c.at, results.c.key)
+    return {row.key: json.loads(row.value) for row in c.execute(query)}
+
+
+def record_artifact(
+    c: Connection, name: str, sha256: bytes, role: str, size: int, *, published: bool
+) -> None:
+    where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
+    if c.execute(select(artifacts.c.role).where(where)).first() is None:
+        values = {"study": name, "sha256": sha256, "role": role, "size": size}
+        c.execute(insert(artifacts).values(**values, published=published))
+    elif published:
+        c.execute(update(artifacts).where(where).values(published=True))
+
+
+def published_size(c: Connection, name: str, sha256: bytes) -> int | None:
+    """The size of an artifact that the silos of the study may have, or None."""
+    where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
+    row = c.execute(select(artifacts.c.size).where(where, artifacts.c.published)).first()
+    return None if row is None else int(row.size)
+
+
+def forget_artifacts(c: Connection, name: str, role: str, keep: Iterable[bytes]) -> list[bytes]:
+    """Strike the artifacts of a role, but for those to keep; the digests no study refers to."""
+    kept = set(keep)
+    rows = c.execute(
+        select(artifacts.c.sha256).where(artifacts.c.study == name, artifacts.c.role == role)
+    )
+    struck = [row.sha256 for row in rows if row.sha256 not in kept]
+    for sha256 in struck:
+        where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
+        c.execute(delete(artifacts).where(where))
+    return [s for s in struck if not _referred_to(c, s)]
+
+
+def _referred_to(c: Connection, sha256: bytes) -> bool:
+    return (
+        c.execute(select(artifacts.c.study).where(artifacts.c.sha256 == sha256)).first() is not None
+    )
+
+
+# --- sessions
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """One session of the secure sum as the store knows it."""
+
+    study: str
+    number: int
+    quantity: str
+    context: bytes
+    work: bytes
+    artifacts: str
+    resting: str
+    phase: str
+    awaited: str
+    present: int
+    deadline: float
+    open: bool
+    certificate: bytes | None
+    outcome: str | None
+    opened: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a session stands after an event: what the status shows, and when the step is over."""
+
+    phase: str
+    awaited: tuple[str, ...]
+    present: int
+    deadline: float
+
+
+def next_number(c: Connection, name: str) -> int:
+    """Session numbers only rise within a study, whatever became of the sessions."""
+    query = select(func.max(sessions.c.number)).where(sessions.c.study == name)
+    return int(c.execute(query).scalar() or 0) + 1
+
+
+def open_session(c: Connection, row: SessionRow) -> None:
+    c.execute(insert(sessions).values(**vars(row)))
+    note(c, "session.opened", row.study, session=row.number, quantity=row.quantity)
+
+
+def live_session(c: Connection, name: str) -> SessionRow | None:
+    """The session that is under way, if there is one."""
+    query = select(sessions).where(sessions.c.study == name, sessions.c.open)
+    row = c.execute(query).mappings().first()
+    return None if row is None else SessionRow(**row)
+
+
+def last_session(c: Connection, name: str) -> SessionRow | None:
+    query = select(sessions).where(sessions.c.study == name).order_by(sessions.c.number.desc())
+    row = c.execute(query.limit(1)).mappings().first()
+    return None if row is None else SessionRow(**row)
+
+
+def append_event(
+    c: Connection, name: str, number: int, place: int, event: bytes, standing: Standing
+) -> None:
+    """One more event of a session, and where it stands then."""
+    values = {"study": name, "number": number, "place": place, "event": event, "at": time.time()}
+    c.execute(insert(session_events).values(**values))
+    set_standing(c, name, number, standing)
+
+
+def set_standing(c: Connection, name: str, number: int, standing: Standing) -> None:
+    where = (sessions.c.study == name) & (sessions.c.number == number)
+    values = vars(standing) | {"awaited": json.dumps(standing.awaited)}
+    c.execute(update(sessions).where(where).values(**values))
+
+
+def session_log(c: Connection, name: str, number: int) -> list[tuple[float, bytes]]:
+    """(time, event) of a session in order."""
+    where = (session_events.c.study == name) & (session_events.c.number == number)
+    query = select(session_events).where(where).order_by(session_events.c.place)
+    return [(row.at, row.event) for row in c.execute(query)]
+
+
+def end_session(
+    c: Connection, name: str, number: int, certificate: bytes | None, outcome: Mapping[str, Any]
+) -> None:
+    """A session is over. Its events go: they hold the silos' shares, and whoever later got hold of
+    both the shares and the uploads could unmask single inputs."""
+    where = (sessions.c.study == name) & (sessions.c.number == number)
+    values = {"open": False, "certificate": certificate, "outcome": json.dumps(outcome)}
+    values |= {"awaited": "[]", "phase": outcome["kind"]}
+    c.execute(update(sessions).where(where).values(**values))
+    here = (session_events.c.study == name) & (session_events.c.number == number)
+    c.execute(delete(session_events).where(here))
+    noted = {key: outcome[key] for key in ("survivors", "why", "accused") if outcome[key]}
+    note(c, f"session.{outcome['kind']}", name, session=number, **noted)
+
+
+def certificate_after(c: Connection, name: str, number: int) -> tuple[int, bytes] | None:
+    """The first session after `number` that ended with a certificate, and that certificate."""
+    row = c.execute(
+        select(sessions.c.number, sessions.c.certificate)
+        .where(
+            sessions.c.study == name,
+            sessions.c.number > number,
+            sessions.c.certificate.is_not(None),
+        )
+        .order_by(sessions.c.number)
+        .limit(1)
+    ).first()
+    return None if row is None else (row.number, row.certificate)
+
+
+def last_certificate(c: Connection, name: str) -> tuple[int, bytes] | None:
+    """The last session that ended with a certificate, and that certificate."""
+    row = c.execute(
+        select(sessions.c.number, sessions.c.certificate)
+        .where(sessions.c.study == name, sessions.c.certificate.is_not(None))
+        .order_by(sessions.c.number.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else (row.number, row.certificate)
+
+
+def refuse(c: Connection, name: str, number: int, silo: int, site: str, reason: str) -> None:
+    """A silo said why it takes no part in a session; the first reason stands."""
+    if silo in refusals_of(c, name, number):
+        return
+    values = {"study": name, "number": number, "silo": silo, "reason": reason, "at": time.time()}
+    c.execute(insert(refusals).values(**values))
+    note(c, "session.refused", name, session=number, site=site, reason=reason)
+
+
+def refusals_of(c: Connection, name: str, number: int) -> dict[int, str]:
+    """roster index → reason."""
+    where = (refusals.c.study == name) & (refusals.c.number == number)
+    return {row.silo: row.reason for row in c.execute(select(refusals).where(where))}

@@ -1,0 +1,211 @@
+# ruff: noqa: N802 - methods are named as in the .proto
+"""What silos can call while they take part in studies: `Coordination` of protos/v1."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+from coordinator import records
+from coordinator.contacts import Progress
+from coordinator.door import Caller, Context, Door, NotFound
+from coordinator.sessions import Tools
+from coordinator.spool import MAX_CHUNK, Incoming, UploadRefused
+from coordinator.studies import Denied, LiveStudy, Studies
+from coordinator.wire import BadRequest, check, parcels_of
+from protos.v1 import coordination_pb2 as pb
+from protos.v1.coordination_pb2_grpc import CoordinationServicer
+from secagg import coordinator as core
+from secagg.errors import Reason, Refused
+from secagg.messages import Signed
+
+_MAX_WAIT = 60
+# A long poll looks again this often even if no bell rings, so that a revocation is never missed.
+_LOOK_AGAIN = 5.0
+
+
+class CoordinationService(CoordinationServicer):
+    """Every call may be repeated; the second time changes nothing."""
+
+    def __init__(self, tools: Tools, door: Door, studies: Studies, largest_vector: int) -> None:
+        self._tools, self._door, self._studies = tools, door, studies
+        self._largest_vector = largest_vector
+        self._uploads: defaultdict[tuple[str, int, int], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._newest: dict[tuple[str, int, int], Incoming] = {}
+        self.closing = False
+
+    async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.Task:
+        async with self._door.silo(context, request) as caller:
+            if request.wait_seconds > _MAX_WAIT:
+                raise BadRequest(f"NextTaskRequest.wait_seconds is at most {_MAX_WAIT}")
+            task = await self._next_task(caller, request)
+            self._tools.contacts.count(
+                task.study, caller.site, received=request.ByteSize(), sent=task.ByteSize()
+            )
+            return task
+
+    async def _next_task(self, caller: Caller, request: pb.NextTaskRequest) -> pb.Task:
+        clock = asyncio.get_running_loop().time
+        until = clock() + request.wait_seconds
+        live = self._studies.get(request.study, caller.site) if request.study else None
+        bell = live.bell if live else self._studies.offers
+        while True:
+            rung = bell.rung
+            caller.check()
+            task = await self._look(caller.site, live, request.settled_session)
+            left = until - clock()
+            if task is not None or left <= 0 or self.closing:
+                return task or pb.Task(study=request.study, idle=pb.Idle())
+            await bell.wait(min(left, _LOOK_AGAIN), since=rung)
+
+    async def _look(self, site: str, live: LiveStudy | None, settled: int) -> pb.Task | None:
+        if live is not None:
+            return await live.task_for(self._tools.store, site, settled)
+        offers = (study.offer_for(site) for study in self._studies.all())
+        return next((offer for offer in offers if offer is not None), None)
+
+    async def AnswerOffer(
+        self, request: pb.AnswerOfferRequest, context: Context
+    ) -> pb.AnswerOfferReply:
+        required = ("study", "plan_digest", "roster_digest")
+        async with self._door.silo(context, request, *required) as caller:
+            if not request.accepted and not request.rule:
+                raise BadRequest("AnswerOfferRequest.rule is missing: which rule forbids it?")
+            live = self._studies.get(request.study, caller.site)
+            await live.answer(self._tools.store, caller.site, request)
+            return pb.AnswerOfferReply()
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitReply:
+        async with self._door.silo(context, request, "study", "session", "signed") as caller:
+            live = self._studies.get(request.study, caller.site)
+            message, parcels = Signed.decode(request.signed), parcels_of(request.parcels)
+            if message.sender != live.index_of(caller.site):
+                raise Denied(f"site '{caller.site}' hands in a message of another silo")
+            self._tools.contacts.count(live.id, caller.site, received=request.ByteSize())
+            session = live.session_of(request.session)
+            # A session that is over has an outcome, which the silo is told next: a message that
+            # comes again, or too late, changes nothing any more.
+            if session is not None:
+                await session.receive(message, parcels)
+            return pb.SubmitReply()
+
+    async def ReportRefusal(
+        self, request: pb.ReportRefusalRequest, context: Context
+    ) -> pb.ReportRefusalReply:
+        async with self._door.silo(context, request, "study", "session", "reason") as caller:
+            live = self._studies.get(request.study, caller.site)
+            session = live.session_of(request.session)
+            if session is not None:
+                await session.refuse(live.index_of(caller.site), caller.site, request.reason)
+            return pb.ReportRefusalReply()
+
+    async def ReportProgress(
+        self, request: pb.ReportProgressRequest, context: Context
+    ) -> pb.ReportProgressReply:
+        async with self._door.silo(context, request, "study", "activity") as caller:
+            live = self._studies.get(request.study, caller.site)
+            now = Progress(request.session, request.activity, request.step, request.steps)
+            self._tools.contacts.progress(live.id, caller.site, now)
+            return pb.ReportProgressReply()
+
+    async def UploadOffset(
+        self, request: pb.UploadOffsetRequest, context: Context
+    ) -> pb.UploadOffsetReply:
+        async with self._door.silo(context, request, "study", "session") as caller:
+            live = self._studies.get(request.study, caller.site)
+            live.session_of(request.session)
+            committed = await asyncio.to_thread(
+                self._tools.spool.committed,
+                live.id,
+                request.session,
+                live.index_of(caller.site),
+            )
+            return pb.UploadOffsetReply(committed=committed)
+
+    async def Upload(
+        self, request_iterator: AsyncIterator[pb.UploadChunk], context: Context
+    ) -> pb.UploadReply:
+        async with self._door.silo(context, None) as caller:
+            upload: Incoming | None = None
+            key = ("", 0, 0)
+            try:
+                async for chunk in request_iterator:
+                    caller.check()
+                    self._check_chunk(chunk, first=upload is None)
+                    if upload is None:
+                        live = self._studies.get(chunk.study, caller.site)
+                        key = (live.id, chunk.session, live.index_of(caller.site))
+                        upload = await self._begin(live, key, chunk)
+                    await self._write(key, upload, chunk, caller.site)
+            finally:
+                if upload is not None:
+                    async with self._uploads[key]:
+                        await asyncio.to_thread(upload.close)
+            if upload is None:
+                raise BadRequest("Upload without a chunk")
+            return pb.UploadReply(committed=upload.committed)
+
+    def _check_chunk(self, chunk: pb.UploadChunk, *, first: bool) -> None:
+        check(chunk, ("study", "session", "size", "sha256") if first else ())
+        if len(chunk.data) > MAX_CHUNK:
+            raise BadRequest(
+                f"UploadChunk.data has {len(chunk.data)} bytes, at most {MAX_CHUNK} are allowed"
+            )
+
+    async def _begin(
+        self, live: LiveStudy, key: tuple[str, int, int], chunk: pb.UploadChunk
+    ) -> Incoming:
+        """Raises Refused unless the session waits for this silo's vector just now."""
+        session, silo = live.session_of(chunk.session), key[2]
+        if session is None or not isinstance(session.state, core.Collecting):
+            raise Refused(Reason.WRONG_STEP, f"session {chunk.session} takes no uploads now")
+        if silo not in session.state.headers:
+            raise Refused(Reason.NOT_A_SUBSET, "this silo did not share its keys in the session")
+        wanted = session.context.vector_bytes
+        if chunk.size != wanted:
+            raise UploadRefused(f"{chunk.size} bytes are announced, the vector has {wanted}")
+        if wanted > self._largest_vector:
+            raise UploadRefused(
+                f"the vector has {wanted} bytes, this coordinator takes {self._largest_vector}: "
+                "raise largest_vector in coordinator.toml"
+            )
+        async with self._uploads[key]:
+            upload = await asyncio.to_thread(
+                self._tools.spool.begin, *key, chunk.size, chunk.sha256, chunk.offset
+            )
+            self._newest[key] = upload
+            return upload
+
+    async def _write(
+        self, key: tuple[str, int, int], upload: Incoming, chunk: pb.UploadChunk, site: str
+    ) -> None:
+        async with self._uploads[key]:
+            # A stream that broke may not have been noticed here when the silo comes again.
+            if self._newest[key] is not upload:
+                raise UploadRefused("a newer upload of the same vector has taken over")
+            await asyncio.to_thread(upload.write, chunk.offset, chunk.data)
+        self._tools.contacts.count(key[0], site, received=chunk.ByteSize())
+
+    async def Download(
+        self, request: pb.DownloadRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadChunk]:
+        async with self._door.silo(context, request, "study", "sha256") as caller:
+            live = self._studies.get(request.study, caller.site)
+            store, sha256 = self._tools.store, request.sha256
+            size = await store.do(records.published_size, live.id, sha256)
+            if size is None or request.offset > size:
+                raise NotFound(
+                    f"study '{live.id}' has no artifact {sha256.hex()} with byte {request.offset}"
+                )
+            pieces = self._tools.artifacts.chunks(sha256, request.offset)
+            first: Any = {"size": size}
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                caller.check()
+                offset, data = piece
+                yield pb.DownloadChunk(offset=offset, data=data, **first)
+                self._tools.contacts.count(live.id, caller.site, sent=len(data))
+                first = {}
+            if first:
+                yield pb.DownloadChunk(offset=request.offset, size=size)

@@ -1,0 +1,193 @@
+"""Uploads on disk: masked vectors on their way in, and their sum.
+
+`<study>/<session>/<silo>-<sha256>.part` grows as chunks come; once it is whole and its digest is
+right it loses the `.part`. The file system is all the state there is, so a restart forgets nothing.
+Masked vectors are uniformly random: they tell nothing, and are removed when the session ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from secagg.masking import DTYPES, MaskKey, Vector, apply_masks
+
+MAX_CHUNK = 1 << 20
+_SYNC_EVERY = 16 << 20
+_FOLD_CHUNK = 1 << 20  # bytes of one vector in memory at a time
+_RESERVE = 64 << 20  # left on the disk for the store
+
+
+class UploadRefused(Exception):
+    """A chunk or an upload that cannot be taken; the text says what is wrong with it."""
+
+
+class WrongOffset(UploadRefused):
+    """A chunk that does not start where the committed bytes end."""
+
+
+class DiskFull(Exception):
+    """No space for an upload. The silo tries again; the operator makes room."""
+
+
+class Spool:
+    """The folder of uploads. Methods block; call them off the event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def committed(self, study: str, session: int, silo: int) -> int:
+        """How many bytes of this silo's upload are here."""
+        files = self._files(study, session, silo)
+        return files[0].stat().st_size if files else 0
+
+    def begin(
+        self, study: str, session: int, silo: int, size: int, sha256: bytes, offset: int
+    ) -> Incoming:
+        """Go on with an upload at the committed offset.
+
+        A part of another vector is dropped: what counts is the digest that the silo signs, and
+        the silo's own ledger allows it one. Raises UploadRefused for another offset, DiskFull.
+        """
+        name = f"{silo}-{sha256.hex()}"
+        for other in self._files(study, session, silo):
+            if other.name.removesuffix(".part") != name:
+                other.unlink()
+        folder = self._session(study, session)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / name
+        part = whole.with_suffix(".part")
+        done = whole.stat().st_size if whole.exists() else None
+        committed = done or (part.stat().st_size if part.exists() else 0)
+        if done is None and offset != committed:
+            raise WrongOffset(
+                f"the chunk starts at byte {offset}, {committed} are committed: go on there"
+            )
+        free = shutil.disk_usage(folder).free
+        if done is None and free < size - committed + _RESERVE:
+            raise DiskFull(_full(folder, size - committed, free))
+        return Incoming(whole, part, size, sha256, committed, done is not None)
+
+    def holds(self, study: str, session: int, silo: int, sha256: bytes, size: int) -> bool:
+        """Whether this very vector is here, whole and verified."""
+        whole = self._session(study, session) / f"{silo}-{sha256.hex()}"
+        return whole.exists() and whole.stat().st_size == size
+
+    def fold(
+        self,
+        study: str,
+        session: int,
+        inputs: Mapping[int, bytes],
+        ring: int,
+        length: int,
+        keys: Sequence[MaskKey],
+    ) -> Vector:
+        """Σ of the vectors of `inputs` (silo → digest) and of the keystreams of `keys`, mod 2^b.
+
+        Memory: the sum and one chunk, whatever the number of silos.
+        """
+        total = np.zeros(length, dtype=DTYPES[ring])
+        step = _FOLD_CHUNK // total.itemsize
+        for silo, sha256 in inputs.items():
+            with open(self._session(study, session) / f"{silo}-{sha256.hex()}", "rb") as file:
+                for start in range(0, length, step):
+                    part = total[start : start + step]
+                    part += np.frombuffer(file.read(part.nbytes), dtype=total.dtype)
+        apply_masks(total, keys)
+        return total
+
+    def discard(self, study: str, session: int) -> None:
+        shutil.rmtree(self._session(study, session), ignore_errors=True)
+
+    def _session(self, study: str, session: int) -> Path:
+        return self._folder / study / str(session)
+
+    def _files(self, study: str, session: int, silo: int) -> list[Path]:
+        return list(self._session(study, session).glob(f"{silo}-*"))
+
+
+class Incoming:
+    """One upload under way, from the committed offset on. Methods block."""
+
+    def __init__(
+        self, whole: Path, part: Path, size: int, sha256: bytes, committed: int, done: bool
+    ) -> None:
+        self._whole, self._part, self.size, self._sha256 = whole, part, size, sha256
+        self.committed, self.done = committed, done
+        self._synced = committed
+        self._file = None if done else open(part, "ab")  # noqa: SIM115 - closed by `close`
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Raises UploadRefused for a chunk out of place, DiskFull."""
+        if self._file is None:
+            return  # the whole vector is here: a repeated upload changes nothing
+        if offset != self.committed:
+            raise WrongOffset(
+                f"the chunk starts at byte {offset}, {self.committed} are committed: go on there"
+            )
+        if self.committed + len(data) > self.size:
+            raise UploadRefused(f"more than the {self.size} bytes that were announced")
+        try:
+            self._file.write(data)
+            self.committed += len(data)
+            if self.committed - self._synced >= _SYNC_EVERY:
+                self._sync()
+        except OSError as error:
+            self._file.close()
+            self._file = None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self._part.parent).free
+                raise DiskFull(
+                    _full(self._part.parent, self.size - self.committed, free)
+                ) from error
+            raise
+
+    def close(self) -> None:
+        """Make what came durable; when it is all, check the digest and take it.
+
+        Raises UploadRefused where the digest is another; the part is dropped then.
+        """
+        if self._file is None:
+            return
+        self._sync()
+        self._file.close()
+        self._file = None
+        if self.committed < self.size:
+            return
+        with open(self._part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").digest()
+        if found != self._sha256:
+            self._part.unlink()
+            self.committed = 0
+            raise UploadRefused(
+                f"the vector has SHA-256 {found.hex()}, announced was {self._sha256.hex()}: "
+                "send it again from byte 0"
+            )
+        os.replace(self._part, self._whole)
+        descriptor = os.open(self._whole.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.done = True
+
+    def _sync(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._synced = self.committed
+
+
+def _full(folder: Path, wanted: int, free: int) -> str:
+    return (
+        f"the study centre's disk is full: {wanted >> 20} MiB are wanted for the upload and "
+        f"{free >> 20} MiB free at {folder.parent.parent}; the upload goes on where it stopped "
+        "when there is room"
+    )

@@ -1,0 +1,111 @@
+"""Between the messages of `protos/v1` and the values of the secure sum, and what a message must be.
+
+A message that lacks a field, or has one that this version does not know, is refused: nothing that
+was signed is ever acted on in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.events import Adverts, Confirmations, GiveUp, Headers, Open, SiloEvent, Survivors
+from secagg.messages import Parcel
+
+
+class BadRequest(ValueError):
+    """A message that is not what the protocol says; the text names the field."""
+
+
+# The most that a field may hold; what travels by upload or is bounded by its parser is not here.
+_LIMITS = {
+    "study": 80,
+    "reason": 500,
+    "activity": 80,
+    "rule": 200,
+    "agent_version": 64,
+    "certificate_request": 8192,
+}
+_EXACT = {
+    "sha256": 32,
+    "plan_digest": 32,
+    "roster_digest": 32,
+    "identity_key": 32,
+    "identity_proof": 64,
+}
+
+
+def check(message: Message, required: Iterable[str] = ()) -> None:
+    """Raises BadRequest for unknown, missing and oversized fields."""
+    _refuse_unknown(message, type(message).__name__)
+    for name in required:
+        if not getattr(message, name):
+            raise BadRequest(f"{type(message).__name__}.{name} is missing")
+    for field, value in message.ListFields():
+        name = field.name
+        if name in _LIMITS and len(value) > _LIMITS[name]:
+            raise BadRequest(
+                f"{type(message).__name__}.{name} has {len(value)} bytes, at most "
+                f"{_LIMITS[name]} are allowed"
+            )
+        if name in _EXACT and len(value) != _EXACT[name]:
+            raise BadRequest(
+                f"{type(message).__name__}.{name} has {len(value)} bytes, not {_EXACT[name]}"
+            )
+        if isinstance(value, str) and not value.isprintable():
+            raise BadRequest(f"{type(message).__name__}.{name} holds characters of control")
+
+
+def _refuse_unknown(message: Message, where: str) -> None:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        raise BadRequest(
+            f"{where} has field {unknown[0].field_number}, which this version does not know: "
+            "agent and coordinator are of different versions, update the older one"
+        )
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else [value]:
+                _refuse_unknown(part, f"{where}.{field.name}")
+
+
+def parcels_of(parcels: Iterable[pb.Parcel]) -> Mapping[int, Parcel]:
+    """Receiver → parcel. Raises BadRequest where one receiver has two."""
+    found: dict[int, Parcel] = {}
+    for parcel in parcels:
+        if parcel.silo in found or not parcel.silo:
+            raise BadRequest(f"SubmitRequest.parcels: silo {parcel.silo} is no receiver, or twice")
+        found[parcel.silo] = Parcel(parcel.mailbox, parcel.seed)
+    return found
+
+
+def task_of(
+    study: str, session: int, request: SiloEvent, work: bytes, artifacts: list[bytes], why: str
+) -> pb.Task:
+    """What a silo is asked, as it travels."""
+    task = pb.Task(study=study, session=session)
+    match request:
+        case Open(context):
+            opened = pb.Open(context=context.encode(), work=work, artifacts=artifacts)
+            task.open.CopyFrom(opened)
+        case Adverts(messages):
+            task.adverts.CopyFrom(pb.Adverts(signed=[m.encode() for m in messages]))
+        case Headers(messages, parcels):
+            packed = [
+                pb.Parcel(silo=i, mailbox=p.mailbox, seed=p.seed)
+                for i, p in sorted(parcels.items())
+            ]
+            signed = [m.encode() for m in messages]
+            task.headers.CopyFrom(pb.Headers(signed=signed, parcels=packed))
+        case Survivors(survivors):
+            task.survivors.CopyFrom(pb.Survivors(silos=survivors))
+        case Confirmations(messages):
+            task.confirmations.CopyFrom(pb.Confirmations(signed=[m.encode() for m in messages]))
+        case GiveUp(ctx):
+            task.give_up.CopyFrom(pb.GiveUp(context_digest=ctx, reason=why))
+        case _:
+            raise AssertionError(request)
+    return task
