@@ -25,7 +25,7 @@ from study.integers import WORD, Field, Integers, Ring, Words
 
 _SIGNED: dict[Ring, np.dtype[Any]] = {8: np.dtype("<i1"), 16: np.dtype("<i2"), 32: np.dtype("<i4")}
 _CHUNK = 1 << 15  # elements: the temporaries of one chunk stay in a core's second-level cache
-_CLIP_RANGE = (1e-15, 1e15)  # keeps c/(w·S) and its inverse normal in float32
+_CLIP_RANGE = (2.0**-50, 2.0**50)  # keeps c/(w·S) and its inverse normal in float32
 
 _LOSS_BITS, _LOSS_FRACTION = 40, 24  # losses up to 2^16, in steps of 2^-24
 _TAIL = (Field("loss", _LOSS_BITS), Field("saturated", 40), Field("faults", 1))
@@ -280,25 +280,28 @@ def next_clips(
     mean_delta: NDArray[np.float32],
     encoding: Encoding,
     *,
-    factor: float = 2.0,
+    factor: float = 3.0,
+    level: float = 0.5,
     shrink: float = 0.25,
-    floor: float = 1e-7,
 ) -> tuple[float, ...]:
     """Clips of the next round from the aggregate of this one: public in, public out.
 
-        c_l' = max(factor · max_e |mean δ_e|, shrink · c_l, floor)        e in tensor l
+        m_l  = max |mean δ_e|, e in tensor l
+        c_l' = max(factor · max(m_l, level · max_k m_k), shrink · c_l)
 
-    The largest magnitude and not a quantile, since an element that exceeds its clip in every
-    round would pile up residual for ever, and since a maximum is exact: each silo that computes
-    this gets the same bits. `factor` is room for the silos whose delta is larger than their mean,
-    and the rate at which a clip that saturates (max = c) opens again: it doubles each round.
-    `shrink` keeps one round of faults, whose mean is zero, from closing it. `mean_delta` is
-    float32 [n].
+    A maximum and not a quantile, since an element that exceeds its clip in every round would pile
+    up residual for ever, and since a maximum is exact: all who compute this get the same bits.
+    `factor` is room for silos whose delta is larger than the mean, and the rate at which a clip
+    that saturates (m = c) opens again. `level` keeps small tensors, where silos tend to cancel one
+    another, from being clipped by their mean: AdamW moves all tensors about alike, so it costs few
+    bits. `shrink` keeps a round of faults, whose mean is zero, from closing the clips.
+    `mean_delta` is float32 [n].
     """
     starts = [0, *accumulate(encoding.sizes)][:-1]
     largest = np.maximum(
         np.maximum.reduceat(mean_delta, starts), -np.minimum.reduceat(mean_delta, starts)
-    )
-    wanted = np.maximum(largest * np.float32(factor), np.array(encoding.clips) * shrink)
-    clips = np.clip(wanted, max(floor, _CLIP_RANGE[0]), _CLIP_RANGE[1]).astype(np.float32)
+    ).astype(np.float64)
+    wanted = factor * np.maximum(largest, level * largest.max())
+    wanted = np.maximum(wanted, shrink * np.array(encoding.clips))
+    clips = np.clip(wanted, *_CLIP_RANGE).astype(np.float32)
     return tuple(float(clip) for clip in clips)

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from diffusion.spec import (
@@ -138,9 +139,9 @@ class Auxiliary(Spec):
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     """Reservations before the union goes on without the silos that keep vanishing."""
 
-    audit_quantile: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    audit_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """A sample nearer to a training image than this quantile of the nearest-neighbour distances
-    within the site's own images is dropped; 0 drops the nearest only."""
+    within the site's own images is dropped."""
 
 
 class Rounds(Spec):
@@ -152,8 +153,9 @@ class Rounds(Spec):
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)]
     """Training steps per silo and round: the same everywhere, so that time tells nothing."""
 
-    first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] = 0.05
-    """Largest change of a parameter in the first round; later clips follow the aggregates."""
+    first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] | None = None
+    """Largest change of a parameter in the first round (later clips follow the aggregates);
+    absent = learning_rate · local_steps, about as far as AdamW can go."""
 
 
 class Evaluation(Spec):
@@ -192,6 +194,17 @@ class Plan(Spec):
     rounds: Rounds
     strategy: AnyStrategy = FedAvg()
     evaluation: Evaluation | None = None
+
+    @property
+    def first_clip(self) -> float:
+        """The clip of every tensor in the first round, a float32 value.
+
+        AdamW moves a parameter by at most learning_rate · (1 − β1)/√(1 − β2) a step, which is the
+        learning rate itself at this project's β = (0.9, 0.99).
+        """
+        given = self.rounds.first_clip
+        bound = self.optimizer.learning_rate * self.rounds.local_steps
+        return float(np.float32(bound if given is None else given))
 
     def toml(self) -> str:
         """The canonical text: every key with its value, in the order of the models."""

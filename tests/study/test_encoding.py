@@ -248,7 +248,8 @@ def test_arrays_and_counts_that_do_not_belong_are_refused():
 def test_clips_follow_the_largest_mean_delta_of_each_tensor():
     enc = encoding(sizes=(3, 2), clips=(0.5, 2.0))
     mean = np.array([0.25, -0.5, 0.0, 1.5, -0.25], np.float32)
-    assert next_clips(mean, enc) == (1.0, 3.0)
+    assert next_clips(mean, enc) == (2.25, 4.5)
+    assert next_clips(mean, enc, level=0.0) == (1.5, 4.5)
 
 
 def test_a_round_without_deltas_does_not_close_the_clips():
@@ -271,6 +272,6 @@ def test_a_clip_that_saturates_opens_again_within_a_few_rounds():
 
 
 def test_next_clips_are_always_valid_clips():
-    enc = encoding(sizes=(2, 2), clips=(f32(1e-15), f32(1e15)))
+    enc = encoding(sizes=(2, 2), clips=(2.0**-50, 2.0**50))
     for magnitude in (0.0, 1e-30, 1e30):
         replace(enc, clips=next_clips(np.full(4, magnitude, np.float32), enc))
