@@ -1,0 +1,211 @@
+"""What a person at the institution does: set up, join, look, decide. Used by `concilium silo …`.
+
+These functions read and write the agent's folder, and work whether or not the agent runs; only
+`join` talks to the coordinator.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from silo.config import SiloConfig, data_path, load_config
+from silo.data.cache import Cached, cache_dataset
+from silo.data.dataset import open_dataset
+from silo.data.sheet import write_sheet
+from silo.enrolment import join as enrol
+from silo.errors import ConfigError, SiloError
+from silo.files import make_folder, read_json, write_file
+from silo.home import SiloHome, StudyHome
+from silo.identity import Enrolment, load_or_make_identity
+from silo.offers import Terms, offered_terms, pinned_terms, record, stored_decision
+
+_CONFIG = """\
+# What this institution brings to a study, and what it allows a study to ask for.
+# Restart the agent after a change.
+
+[site]
+name = {name}
+
+[data]
+path = {data}                         # a file or folder; never leaves this machine
+format = {format}                     # images (PNG, JPEG), npz, idx or auto
+
+[policy]                              # no plan can override these; what asks for more is declined
+smallest_silos = 3                    # fewest institutions in a study
+smallest_threshold = 2                # fewest institutions that a sum may be revealed over
+largest_rounds = 1000
+largest_model = 200_000_000           # parameters
+auxiliary_samples = true              # may audited synthetic images leave, in an anonymous union?
+purposes = ["census", "moments", "tags", "images", "round"]
+feature_networks = ["digits", "fashion-mnist"]
+
+[resources]
+{device}
+{threads}
+idle_seconds = 60.0                   # how long the worker stays after its last job
+niceness = 10                         # how readily it gives way to other programs: 0 to 19
+
+[approval]
+automatic = {automatic}                     # true: accept any first plan that the policy allows
+"""
+
+
+def init(
+    home: Path,
+    *,
+    name: str,
+    data: Path,
+    format: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    automatic: bool = False,
+) -> SiloConfig:
+    """Make the agent's folder, its keys and a site.toml that explains itself.
+
+    Raises ConfigError for values that site.toml does not allow, and where there is one already.
+    """
+    place = SiloHome(home)
+    if place.config.exists():
+        raise ConfigError(f"{place.config} exists already: edit it, or choose another folder")
+    make_folder(home)
+    text = _CONFIG.format(
+        name=_quoted(name),
+        data=_quoted(str(data.expanduser().resolve())),
+        format=_quoted(format),
+        device=f"device = {_quoted(device)}" if device else '# device = "cpu"',
+        threads=f"threads = {threads}" if threads else "# threads = 2",
+        automatic=json.dumps(automatic),
+    )
+    write_file(place.config, text.encode())
+    try:
+        config = load_config(place)
+    except ConfigError:
+        place.config.unlink()
+        raise
+    load_or_make_identity(place)
+    return config
+
+
+async def join(home: Path, token: str, announce: Callable[[str], None]) -> Enrolment:
+    """Hand in this site's keys and wait for the approval; see `silo.enrolment.join`."""
+    place = SiloHome(home)
+    config = load_config(place)
+    identity = load_or_make_identity(place)
+    return await enrol(place, identity, token, site=config.site.name, announce=announce)
+
+
+def roster(home: Path, study: str | None = None) -> str:
+    """For each study (or one): who takes part, and the fingerprint that the sites compare."""
+    texts = [_roster_text(found) for found in _studies(home, study)]
+    return "\n\n".join(text for text in texts if text) or "no study was offered to this site yet"
+
+
+def approve(home: Path, study: str) -> Terms:
+    """Accept the plan and roster of `study` as last offered; a running agent acts on it within a
+    second. Raises SiloError where nothing was offered."""
+    place = _study(home, study)
+    terms = _offered(place)
+    record(place, terms, accepted=True)
+    return terms
+
+
+def decline(home: Path, study: str, why: str) -> None:
+    """Do not take part in `study` as last offered; the study centre reads `why`."""
+    place = _study(home, study)
+    record(place, _offered(place), accepted=False, rule=why or "declined by a person")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found."""
+
+    data: Cached
+    shape: tuple[int, int, int]
+    """(c, h, w) as cached."""
+    sheet: Path
+    """A PNG with up to a hundred of the images."""
+
+
+def check(home: Path, image_size: int | None = None, channels: int | None = None) -> Checked:
+    """Read all images once, into the cache that training maps into memory.
+
+    Size and channels are those given, else those of a study that this site knows, else 32 and 1.
+    Raises DataError for data that cannot be used.
+    """
+    place = SiloHome(home)
+    config = load_config(place)
+    known = next((terms for terms in map(_terms, place.studies()) if terms), None)
+    data = known.plan.data if known else None
+    size = image_size or (data.image_size if data else 32)
+    depth = channels or (data.channels if data else 1)
+    dataset = open_dataset(data_path(place, config), config.data.format, size, depth)
+    cached = cache_dataset(dataset, place.cache)
+    sheet = cached.folder / "contact-sheet.png"
+    write_sheet(np.asarray(cached.images()), sheet)
+    return Checked(cached, dataset.shape, sheet)
+
+
+def status(home: Path) -> dict[str, Any]:
+    """What the agent last wrote about itself, or {"running": False} where it never ran.
+
+    `quiet_seconds` is how long ago that was: an agent that was killed did not say goodbye.
+    """
+    stored: dict[str, Any] | None = read_json(SiloHome(home).status)
+    if stored is None:
+        return {"running": False, "studies": {}}
+    return stored | {"quiet_seconds": time.time() - stored["written"]}
+
+
+def _roster_text(study: StudyHome) -> str:
+    pinned, offered = pinned_terms(study), offered_terms(study)
+    if offered is not None and offered != pinned:
+        decision = stored_decision(study)
+        decided = decision is not None and decision.about(offered)
+        return _described(study, offered, "decided" if decided else "waits for approval")
+    return _described(study, pinned, "accepted") if pinned else ""
+
+
+def _described(study: StudyHome, terms: Terms, state: str) -> str:
+    group = terms.roster
+    members = "\n".join(f"    {i:3}  {group.member(i).name}" for i in group.indices)
+    return (
+        f"{study.name}: {terms.plan.study.title} ({state})\n"
+        f"  epoch {group.epoch}, {group.size} silos, threshold {group.threshold}, "
+        f"{group.colluders} colluders tolerated\n{members}\n"
+        f"  fingerprint  {group.fingerprint}\n"
+        "  Compare the fingerprint with the other sites, by phone, before you approve."
+    )
+
+
+def _studies(home: Path, study: str | None) -> list[StudyHome]:
+    return [_study(home, study)] if study else list(SiloHome(home).studies())
+
+
+def _study(home: Path, study: str) -> StudyHome:
+    names = [known.name for known in SiloHome(home).studies()]
+    if study not in names:
+        known = ", ".join(names) or "none"
+        raise SiloError(f"no study {study!r} was offered to this site; offered so far: {known}")
+    return SiloHome(home).study(study)
+
+
+def _terms(study: StudyHome) -> Terms | None:
+    return pinned_terms(study) or offered_terms(study)
+
+
+def _offered(study: StudyHome) -> Terms:
+    terms = offered_terms(study)
+    if terms is None:
+        raise SiloError(f"study {study.name!r} has not been offered yet: is the agent running?")
+    return terms
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

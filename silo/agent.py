@@ -1,0 +1,223 @@
+"""The agent: dials in, answers offers, and takes part in every study that this site accepted.
+
+One process, one event loop, no torch. It can be killed at any moment and started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.silo import SiloParty
+from silo.client import Client
+from silo.config import SiloConfig, load_config
+from silo.enrolment import renew, way_of
+from silo.errors import EnrolmentError, SiloError
+from silo.files import lock
+from silo.home import SiloHome, StudyHome
+from silo.identity import Enrolment, Identity, load_enrolment, load_or_make_identity
+from silo.log import configure_logging
+from silo.offers import (
+    BadOffer,
+    Decision,
+    Terms,
+    decide,
+    keep_offer,
+    offered_terms,
+    pin,
+    pinned_terms,
+    stored_decision,
+)
+from silo.participation import Participation, Tools
+from silo.quantities import Quantities
+from silo.status import Status
+from silo.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+_WAIT_SECONDS = 20
+_LOOK_SECONDS = 1.0
+_RETRY_SECONDS = 5.0
+_RENEW_CHECK_SECONDS = 600.0
+_LONGEST_RULE = 200
+
+
+class Agent:
+    """The parts of a running agent."""
+
+    def __init__(
+        self, home: SiloHome, config: SiloConfig, identity: Identity, enrolment: Enrolment
+    ) -> None:
+        self._home, self._config, self._identity = home, config, identity
+        self._enrolment = enrolment
+        status = Status(home.status, config.site.name, enrolment.address)
+        client = Client(way_of(enrolment, identity), status.contact)
+        self._tools = Tools(client, Worker(config.resources), status, config)
+        self._studies: dict[str, tuple[Terms, asyncio.Task[None]]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._tools.status.certificate(self._enrolment.expires.isoformat())
+        log.info("agent started", site=self._config.site.name, coordinator=self._enrolment.address)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._forever(self._look_for_decisions))
+                group.create_task(self._forever(self._look_for_offers))
+                group.create_task(self._forever(self._keep_certificate))
+        finally:
+            await self._stop()
+
+    async def _stop(self) -> None:
+        running = [task for _, task in self._studies.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        self._tools.worker.kill()
+        await self._tools.client.close()
+        self._tools.status.stopped()
+        log.info("agent stopped")
+
+    async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeat `step`; what goes wrong in it is logged and tried again, and never ends the
+        agent: at three in the morning nobody is there to start it."""
+        while True:
+            try:
+                await step()
+            except SiloError as error:
+                log.warning("not done", step=getattr(step, "__name__", ""), reason=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)
+            except Exception:
+                log.exception("step failed", step=getattr(step, "__name__", ""))
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _look_for_offers(self) -> None:
+        task = await self._tools.client.next_task("", 0, _WAIT_SECONDS)
+        if task.WhichOneof("task") != "offer":
+            return
+        study = self._home.study(task.study)
+        try:
+            terms = keep_offer(study, task.offer)
+        except BadOffer as error:
+            log.error("offer cannot be used", reason=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+            return
+        decision = decide(study, terms, self._config, self._identity.public)
+        if decision is None:
+            self._wait_for_person(study, terms)
+            await asyncio.sleep(_LOOK_SECONDS)
+            return
+        await self._answer(study, terms, decision)
+
+    def _wait_for_person(self, study: StudyHome, terms: Terms) -> None:
+        shown = {"state": "waits for approval", "title": terms.plan.study.title}
+        self._tools.status.study(study.name, **shown)
+
+    async def _answer(self, study: StudyHome, terms: Terms, decision: Decision) -> None:
+        """Pin what was accepted before saying so: from then on nothing else is taken part in."""
+        if decision.accepted:
+            pin(study, terms)
+        plan, roster = terms.digests
+        request = pb.AnswerOfferRequest(
+            study=study.name,
+            plan_digest=plan,
+            roster_digest=roster,
+            accepted=decision.accepted,
+            rule=_printable(decision.rule),
+        )
+        await self._tools.client.answer_offer(request)
+        state = "accepted" if decision.accepted else f"declined by site policy: {decision.rule}"
+        self._tools.status.study(study.name, state=state, title=terms.plan.study.title)
+        log.info("offer answered", study=study.name, answer=state)
+
+    async def _look_for_decisions(self) -> None:
+        """Start what was accepted, here or by a person, and what ran before a restart."""
+        for study in self._home.studies():
+            offered, decision = offered_terms(study), stored_decision(study)
+            accepted = offered and decision and decision.accepted and decision.about(offered)
+            if offered and accepted and pinned_terms(study) != offered:
+                pin(study, offered)
+            if not study.ended.exists():
+                await self._take_part(study)
+        await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _take_part(self, study: StudyHome) -> None:
+        terms = pinned_terms(study)
+        if terms is None:
+            return
+        known = self._studies.get(study.name)
+        if known is not None and known[0] == terms and not known[1].done():
+            return
+        if known is not None:
+            known[1].cancel()
+            await asyncio.gather(known[1], return_exceptions=True)
+        self._studies[study.name] = (terms, asyncio.create_task(self._run_study(study, terms)))
+
+    async def _run_study(self, study: StudyHome, terms: Terms) -> None:
+        identity = self._identity
+        try:
+            index = terms.roster.index_of(self._config.site.name)
+            party = SiloParty(terms.roster, index, identity.signing, identity.ledger, os.urandom)
+            tools = self._tools
+            quantities = Quantities(self._home, study, terms.plan, self._config, tools.worker)
+            await Participation(tools, study, terms, party, quantities).run()
+        except (SiloError, KeyError) as error:
+            log.error("study stopped here", study=study.name, reason=str(error))
+            self._tools.status.study(study.name, state="stopped", trouble=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+        except Exception:
+            log.exception("study failed here", study=study.name)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _keep_certificate(self) -> None:
+        if datetime.now(UTC) >= self._enrolment.renewal_due():
+            self._enrolment = await renew(self._home, self._identity, self._tools.client)
+            log.info("certificate renewed", expires=self._enrolment.expires.isoformat())
+            self._tools.status.certificate(self._enrolment.expires.isoformat())
+        await asyncio.sleep(_RENEW_CHECK_SECONDS)
+
+
+def _printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable())[:_LONGEST_RULE]
+
+
+async def run(home: Path) -> None:
+    """Run the agent of `home` until SIGTERM or SIGINT.
+
+    Raises SiloError where it cannot begin: wrong site.toml, not enrolled, another agent running.
+    """
+    place = SiloHome(home)
+    config = load_config(place)
+    held = lock(place.lock)
+    try:
+        enrolment = load_enrolment(place)
+        enrolment.check()
+        if enrolment.site != config.site.name:
+            raise EnrolmentError(
+                f"this site joined as {enrolment.site!r} but [site] name is {config.site.name!r}"
+            )
+        agent = Agent(place, config, load_or_make_identity(place), enrolment)
+        await _until_signal(agent)
+    finally:
+        os.close(held)
+
+
+async def _until_signal(agent: Agent) -> None:
+    loop, work = asyncio.get_running_loop(), asyncio.ensure_future(agent.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, work.cancel)
+    with suppress(asyncio.CancelledError):
+        await work
+
+
+def main(home: Path) -> None:
+    """The agent as a process: logs to standard error and to HOME/agent.log."""
+    configure_logging(home / "agent.log")
+    asyncio.run(run(home))

@@ -1,0 +1,221 @@
+"""The way to the coordinator: one channel, calls that are repeated until they are answered.
+
+Every call of the protocol may be repeated and changes nothing the second time, so whatever looks
+like a fault of the way (or of a coordinator that restarts) is tried again for ever, with
+exponential back-off and jitter. What trying again cannot mend is raised as RefusedByCoordinator.
+Streams resume where the other side has got to: an upload at the committed offset, a download at
+the length of the partial file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from protos.v1 import coordination_pb2 as pb
+from protos.v1 import enrolment_pb2 as enrolment_pb
+from protos.v1.coordination_pb2_grpc import CoordinationStub
+from protos.v1.enrolment_pb2_grpc import EnrolmentStub
+from silo.errors import RefusedByCoordinator
+from silo.files import move
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 256 * 1024
+_FIRST_DELAY, _LONGEST_DELAY = 0.25, 10.0
+_CALL_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
+_FINAL = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+_OPTIONS = [
+    # Firewalls forget quiet connections: a ping a minute keeps the way open, without calls too.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Whom to dial, and what to show and to trust there. All PEM."""
+
+    address: str
+    authority: bytes
+    certificate: bytes
+    key: bytes
+
+    def channel(self) -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+        return grpc.aio.secure_channel(self.address, credentials, options=_OPTIONS)
+
+
+class Client:
+    """Calls to one coordinator.
+
+    `on_contact(None)` is called after every answer, `on_contact(text)` after every failure that
+    will be tried again.
+    """
+
+    def __init__(self, way: Way, on_contact: Callable[[str | None], None]) -> None:
+        self._on_contact = on_contact
+        self._old: set[asyncio.Task[None]] = set()
+        self._dial(way)
+
+    def _dial(self, way: Way) -> None:
+        self._channel = way.channel()
+        self._coordination = CoordinationStub(self._channel)
+        self._enrolment = EnrolmentStub(self._channel)
+
+    def redial(self, way: Way) -> None:
+        """New calls go over a new channel; those under way end on the old one."""
+        drained = asyncio.ensure_future(self._channel.close(grace=_STREAM_SECONDS))
+        self._old.add(drained)
+        drained.add_done_callback(self._old.discard)
+        self._dial(way)
+
+    async def close(self) -> None:
+        for drained in self._old:
+            drained.cancel()
+        await self._channel.close(grace=None)
+
+    async def next_task(self, study: str, settled: int, wait: int) -> pb.Task:
+        request = pb.NextTaskRequest(study=study, settled_session=settled, wait_seconds=wait)
+        seconds = _CALL_SECONDS + wait
+        return await self._call(lambda: self._coordination.NextTask(request, timeout=seconds))
+
+    async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
+        await self._call(lambda: self._coordination.AnswerOffer(request, timeout=_CALL_SECONDS))
+
+    async def submit(self, request: pb.SubmitRequest) -> None:
+        await self._call(lambda: self._coordination.Submit(request, timeout=_CALL_SECONDS))
+
+    async def report_refusal(self, study: str, session: int, reason: str) -> None:
+        request = pb.ReportRefusalRequest(study=study, session=session, reason=reason)
+        await self._call(lambda: self._coordination.ReportRefusal(request, timeout=_CALL_SECONDS))
+
+    async def report_progress(self, request: pb.ReportProgressRequest) -> None:
+        """Tried once: the next report makes a lost one good."""
+        try:
+            await self._coordination.ReportProgress(request, timeout=_CALL_SECONDS)
+            self._on_contact(None)
+        except grpc.aio.AioRpcError as error:
+            self._on_contact(_describe(error))
+
+    async def join(self, request: enrolment_pb.JoinRequest) -> enrolment_pb.JoinReply:
+        """Tried once: the person who joins is waiting and reads what went wrong."""
+        reply: enrolment_pb.JoinReply = await self._enrolment.Join(request, timeout=_CALL_SECONDS)
+        return reply
+
+    async def renew(self, certificate_request: bytes) -> bytes:
+        """The new certificate (PEM)."""
+        request = enrolment_pb.RenewRequest(certificate_request=certificate_request)
+        reply = await self._call(lambda: self._enrolment.Renew(request, timeout=_CALL_SECONDS))
+        return reply.certificate
+
+    async def upload(self, study: str, session: int, vector: Path, sha256: bytes) -> None:
+        """Send the masked vector; returns once the coordinator has committed all of it."""
+        where = pb.UploadOffsetRequest(study=study, session=session)
+
+        async def attempt() -> None:
+            offset = await self._coordination.UploadOffset(where, timeout=_CALL_SECONDS)
+            chunks = _chunks(study, session, vector, sha256, offset.committed)
+            await self._coordination.Upload(chunks, timeout=_STREAM_SECONDS)
+
+        await self._call(attempt)
+
+    async def download(self, study: str, sha256: bytes, target: Path, *, at_most: int) -> None:
+        """Fetch an artifact to `target`, unless it is there.
+
+        Raises RefusedByCoordinator for one that is larger than `at_most` bytes or whose content
+        does not have the hash.
+        """
+        partial = target.with_name(target.name + ".partial")
+        if target.exists():
+            return
+        # A crash between the last byte and the rename leaves a partial file that is whole.
+        if not partial.exists() or await asyncio.to_thread(_sha256, partial) != sha256:
+            await self._call(lambda: self._download_once(study, sha256, partial, at_most))
+        found = await asyncio.to_thread(_sha256, partial)
+        if found != sha256:
+            partial.unlink()
+            raise RefusedByCoordinator(
+                f"artifact {sha256.hex()} arrived with SHA-256 {found.hex()}: "
+                "the study centre's copy is damaged"
+            )
+        await asyncio.to_thread(move, partial, target)
+
+    async def _download_once(self, study: str, sha256: bytes, partial: Path, at_most: int) -> None:
+        with open(partial, "ab") as file:
+            request = pb.DownloadRequest(study=study, sha256=sha256, offset=file.tell())
+            async for chunk in self._coordination.Download(request, timeout=_STREAM_SECONDS):
+                if chunk.offset != file.tell() or file.tell() + len(chunk.data) > at_most:
+                    file.truncate(0)
+                    raise RefusedByCoordinator(
+                        f"artifact {sha256.hex()} is longer than the {at_most} bytes that the "
+                        "plan allows, or came in the wrong order"
+                    )
+                file.write(chunk.data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    async def _call(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                answer = await attempt()
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _FINAL:
+                    self._on_contact(None)
+                    raise RefusedByCoordinator(_describe(error)) from error
+                self._on_contact(_describe(error))
+                await asyncio.sleep(delay * random.uniform(0.5, 1.5))  # noqa: S311 - only jitter
+                delay = min(delay * 2, _LONGEST_DELAY)
+            else:
+                self._on_contact(None)
+                return answer
+
+
+async def _chunks(
+    study: str, session: int, vector: Path, sha256: bytes, offset: int
+) -> AsyncIterator[pb.UploadChunk]:
+    size = vector.stat().st_size
+    first = True
+    with open(vector, "rb") as file:
+        file.seek(offset)
+        while True:
+            data = file.read(CHUNK_BYTES)
+            if not data and not first:
+                return
+            chunk = pb.UploadChunk(study=study, session=session, offset=offset, data=data)
+            if first:
+                chunk.size, chunk.sha256 = size, sha256
+            yield chunk
+            first, offset = False, offset + len(data)
+
+
+def _sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _describe(error: grpc.aio.AioRpcError) -> str:
+    code = error.code().name.lower().replace("_", " ")
+    return f"{code}: {error.details()}" if error.details() else code

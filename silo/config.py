@@ -1,0 +1,120 @@
+"""site.toml: what the institution brings, and what it allows a study to ask for."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from diffusion.spec import Spec
+from silo.errors import ConfigError
+from silo.home import SiloHome
+from study.problems import explain
+
+Purpose = Literal["census", "moments", "tags", "images", "round"]
+Format = Literal["auto", "images", "npz", "idx"]
+SITE_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+
+class Site(Spec):
+    """[site]: who this is."""
+
+    name: Annotated[str, Field(pattern=SITE_NAME)]
+    """The institution's short name: lower-case letters, digits and hyphens."""
+
+
+class Data(Spec):
+    """[data]: the images that local training sees."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file or folder; relative paths start at this file's folder."""
+
+    format: Format = "auto"
+    """images (folder of PNG and JPEG), npz (MedMNIST's layout), idx (MNIST's), auto."""
+
+
+class Policy(Spec):
+    """[policy]: what no plan can override; a study that asks for more is declined."""
+
+    smallest_silos: Annotated[int, Field(ge=3, le=255)] = 3
+    """Fewest institutions in a study: a sum over few hides each of them less."""
+
+    smallest_threshold: Annotated[int, Field(ge=2, le=255)] = 2
+    """Fewest institutions that a sum may be revealed over."""
+
+    largest_rounds: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Most model rounds."""
+
+    largest_model: Annotated[int, Field(ge=1, le=10**10)] = 200_000_000
+    """Most parameters of the model."""
+
+    auxiliary_samples: bool = True
+    """Whether audited synthetic images may leave in the anonymous union."""
+
+    purposes: tuple[Purpose, ...] = ("census", "moments", "tags", "images", "round")
+    """Which sums this site takes part in."""
+
+    feature_networks: tuple[str, ...] = ("digits", "fashion-mnist")
+    """Feature networks whose moments of the real images may be summed."""
+
+
+class Resources(Spec):
+    """[resources]: what local training may use of this machine."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = None
+    """"cpu", "cuda" or "cuda:N"; absent = a GPU if there is one."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of the worker; absent = all cores."""
+
+    idle_seconds: Annotated[float, Field(ge=0.0, le=86_400.0)] = 60.0
+    """How long the worker process stays after its last job."""
+
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
+    """How readily the worker gives way to other programs: 19 = always."""
+
+
+class Approval(Spec):
+    """[approval]: who accepts a study."""
+
+    automatic: bool = False
+    """true accepts every first plan that the policy allows, without asking a person."""
+
+
+class SiloConfig(Spec):
+    """site.toml."""
+
+    site: Site
+    data: Data
+    policy: Policy = Policy()
+    resources: Resources = Resources()
+    approval: Approval = Approval()
+
+
+def load_config(home: SiloHome) -> SiloConfig:
+    """Raises ConfigError, which names the file and, for every problem, key, value and fix."""
+    try:
+        raw = tomllib.loads(home.config.read_text("utf-8"))
+    except FileNotFoundError as error:
+        hint = f"make one with `concilium silo init --home {home.path}`"
+        raise ConfigError(f"{home.config} is missing: {hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{home.config} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{home.config}: byte {error.start} is no UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{home.config} is no TOML: {error}") from error
+    try:
+        return SiloConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        problems = explain(error, SiloConfig)
+        lines = "\n  ".join(("", *problems)) if len(problems) > 1 else f" {problems[0]}"
+        raise ConfigError(f"{home.config}:{lines}") from error
+
+
+def data_path(home: SiloHome, config: SiloConfig) -> Path:
+    """Where the images are."""
+    return (home.path / Path(config.data.path).expanduser()).resolve()

@@ -1,0 +1,116 @@
+"""A data set of any known format, read front to back, one image in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from silo.data import folder, idx, npz
+from silo.data.items import Item, Skipped
+from silo.data.pixels import Pixels
+from silo.errors import DataError
+
+_READERS: dict[str, Callable[[Path], Iterator[Item | Skipped]]] = {
+    "images": folder.items,
+    "npz": npz.items,
+    "idx": idx.items,
+}
+
+
+@dataclass
+class Dataset:
+    """Images at `path`, as uint8 (channels, image_size, image_size).
+
+    `count`, `skipped` and `shapes` say what was met by the last complete iteration.
+    """
+
+    path: Path
+    format: str
+    image_size: int
+    channels: int
+    count: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    shapes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w)."""
+        return self.channels, self.image_size, self.image_size
+
+    def __iter__(self) -> Iterator[Pixels]:
+        """Every image. Raises DataError where the source cannot be read, or holds no image."""
+        self.count, self.skipped, self.shapes = 0, [], Counter()
+        try:
+            for item in _READERS[self.format](self.path):
+                if isinstance(item, Skipped):
+                    self.skipped.append(item)
+                    continue
+                pixels = item.fit(self.image_size, self.channels)
+                self.count += 1
+                self.shapes[item.shape] += 1
+                yield pixels
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+        if not self.count:
+            raise self._empty()
+
+    def fingerprint(self) -> str:
+        """A digest that changes when a file is added, removed or written, without reading any."""
+        state = hashlib.sha256(f"{self.format} {self.shape}".encode())
+        for file in self._files():
+            stat = file.stat()
+            state.update(f"\n{file} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return state.hexdigest()
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        return folder.files(self.path)
+
+    def _empty(self) -> DataError:
+        what = f"{self.path} holds no image that can be read as {self.format}"
+        if not self.skipped:
+            return DataError(f"{what}: check [data] path and format in site.toml")
+        first = self.skipped[0]
+        return DataError(
+            f"{what}; {len(self.skipped)} files were skipped, the first, {first.name}, "
+            f"because it is {first.reason}: check [data] path and format in site.toml"
+        )
+
+
+def open_dataset(path: Path, format: str, image_size: int, channels: int) -> Dataset:
+    """The data set at `path`; `format` is images, npz, idx or auto (told by the names of files).
+
+    Raises DataError for a path that is not there or cannot be entered, or that no reader is for.
+    """
+    try:
+        exists = path.exists()
+        kind = _guess(path) if format == "auto" and exists else format
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read by this user: change its permissions") from error
+    if not exists:
+        raise DataError(f"{path} does not exist: correct [data] path in site.toml")
+    if kind == "npz" and path.is_dir():
+        path = _only_npz(path)
+    if kind == "images" and not path.is_dir():
+        raise DataError(f"{path} is a file: give the folder that holds the images")
+    return Dataset(path, kind, image_size, channels)
+
+
+def _guess(path: Path) -> str:
+    if path.is_file():
+        return "npz" if path.suffix == ".npz" else "idx"
+    names = [p.name for p in path.iterdir()]
+    if any("idx3-ubyte" in name for name in names):
+        return "idx"
+    return "npz" if any(name.endswith(".npz") for name in names) else "images"
+
+
+def _only_npz(path: Path) -> Path:
+    found = sorted(path.glob("*.npz"))
+    if len(found) != 1:
+        raise DataError(f"{path} holds {len(found)} .npz files: name the one to use in site.toml")
+    return found[0]

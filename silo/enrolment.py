@@ -1,0 +1,214 @@
+"""Becoming known to a coordinator, and staying it: join with an invitation, renew in time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import grpc
+import grpc.aio
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from protos.v1 import enrolment_pb2 as pb
+from silo.client import Client, Way
+from silo.errors import EnrolmentError
+from silo.files import write_file, write_json
+from silo.home import SiloHome
+from silo.identity import (
+    Enrolment,
+    Identity,
+    build_request,
+    certificate_request,
+    join_fingerprint,
+    load_enrolment,
+)
+from study.invitation import Invitation, InvitationError
+
+_ASK_SECONDS = 1.0
+_PERSISTENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_PROBE_SECONDS = 10.0
+
+
+def agent_version() -> str:
+    try:
+        return version("concilium")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+async def join(
+    home: SiloHome,
+    identity: Identity,
+    token: str,
+    *,
+    site: str,
+    announce: Callable[[str], None],
+) -> Enrolment:
+    """Hand in this site's keys under an invitation, and wait until a person has approved them.
+
+    `announce` is called with the fingerprint to compare by phone, once it is handed in. Interrupted
+    and run again it goes on. Raises EnrolmentError, which says what to do.
+    """
+    invitation = _read_token(token, site)
+    request = certificate_request(home, identity, site)
+    message = pb.JoinRequest(
+        certificate_request=request,
+        identity_key=identity.public,
+        identity_proof=identity.prove(request),
+        agent_version=agent_version(),
+    )
+    way = Way(
+        invitation.address,
+        invitation.authority_pem,
+        invitation.certificate_pem,
+        invitation.private_key_pem,
+    )
+    client = Client(way, lambda _: None)
+    try:
+        certificate = await _ask_until_approved(client, way, message, identity, site, announce)
+    finally:
+        await client.close()
+    _check_certificate(certificate, identity, invitation.authority_pem, site)
+    write_file(home.certificates / "authority.pem", invitation.authority_pem)
+    write_file(home.certificates / "site.pem", certificate)
+    write_json(home.enrolment, {"site": site, "address": invitation.address})
+    return load_enrolment(home)
+
+
+def _read_token(token: str, site: str) -> Invitation:
+    try:
+        invitation = Invitation.decode(token)
+    except InvitationError as error:
+        raise EnrolmentError(str(error)) from error
+    if datetime.now(UTC) >= invitation.expires:
+        raise EnrolmentError(
+            f"the invitation expired on {invitation.expires:%Y-%m-%d %H:%M} UTC: ask the study "
+            "centre for a new one (or set this machine's clock, if that is wrong)"
+        )
+    if invitation.site != site:
+        raise EnrolmentError(
+            f"the invitation is for {invitation.site!r}, this site is {site!r}: correct [site] "
+            "name in site.toml, or ask for the right invitation"
+        )
+    return invitation
+
+
+async def _ask_until_approved(
+    client: Client,
+    way: Way,
+    message: pb.JoinRequest,
+    identity: Identity,
+    site: str,
+    announce: Callable[[str], None],
+) -> bytes:
+    announced = False
+    while True:
+        try:
+            reply = await client.join(message)
+        except grpc.aio.AioRpcError as error:
+            if not announced or error.code() not in _PERSISTENT:
+                raise await _explained(error, way) from error
+            await asyncio.sleep(_ASK_SECONDS)  # it was there before: it restarts, say
+            continue
+        ours = join_fingerprint(site, message.certificate_request, identity.public)
+        if reply.fingerprint != ours:
+            raise EnrolmentError(
+                f"the study centre holds other keys than this site's: it shows "
+                f"{reply.fingerprint!r}, here it is {ours!r}. Somebody is in between: stop, and "
+                "call the study centre"
+            )
+        if not announced:
+            announce(ours)
+            announced = True
+        if reply.state == pb.JoinReply.APPROVED:
+            return reply.certificate
+        await asyncio.sleep(_ASK_SECONDS)
+
+
+async def _explained(error: grpc.aio.AioRpcError, way: Way) -> EnrolmentError:
+    if error.code() in _PERSISTENT:
+        return EnrolmentError(await asyncio.to_thread(why_unreachable, way))
+    return EnrolmentError(f"the study centre does not take this invitation: {error.details()}")
+
+
+def why_unreachable(way: Way) -> str:
+    """gRPC says only "unavailable"; a plain TLS handshake tells what is the matter."""
+    host, _, port = way.address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with TemporaryDirectory() as folder:
+            context = _tls_context(way, Path(folder))
+            with (
+                socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS) as plain,
+                context.wrap_socket(plain, server_hostname=host) as secure,
+            ):
+                secure.settimeout(1.0)
+                secure.recv(1)  # with TLS 1.3 a refused client certificate shows only here
+    except ssl.SSLCertVerificationError as error:
+        return (
+            f"{way.address} shows a certificate of another authority or for another name "
+            f"({error.verify_message}): the address may belong to someone else now, or a firewall "
+            "opens the connection; ask the study centre"
+        )
+    except TimeoutError:
+        return f"{way.address} answers but the study centre's service does not: try again later"
+    except ssl.SSLError as error:
+        return f"{way.address} refuses this site's certificate ({error.reason})"
+    except OSError as error:
+        return (
+            f"{way.address} cannot be reached ({error.strerror or error}): check the network, the "
+            "firewall's rule for outgoing connections, and that the study centre's service runs"
+        )
+    return f"{way.address} answers but the study centre's service does not: try again later"
+
+
+def _tls_context(way: Way, folder: Path) -> ssl.SSLContext:
+    # The ssl module reads client certificates from files only; the folder is gone right after.
+    context = ssl.create_default_context(cadata=way.authority.decode())
+    both = folder / "client.pem"
+    write_file(both, way.key + way.certificate)
+    context.load_cert_chain(both)
+    return context
+
+
+def _check_certificate(pem: bytes, identity: Identity, authority: bytes, site: str) -> None:
+    """The certificate is over our key, for our name, from the authority of the invitation."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+        raise EnrolmentError(
+            f"the study centre sent a certificate that is none: {error}"
+        ) from error
+    uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
+    ours = serialization.load_pem_private_key(identity.tls_pem, None).public_key()
+    if certificate.public_key() != ours or uris != [f"concilium://silo/{site}"]:
+        raise EnrolmentError("the study centre sent the certificate of another site: tell them")
+
+
+def way_of(enrolment: Enrolment, identity: Identity) -> Way:
+    """How an enrolled site dials in."""
+    return Way(
+        enrolment.address, enrolment.authority_pem, enrolment.certificate_pem, identity.tls_pem
+    )
+
+
+async def renew(home: SiloHome, identity: Identity, client: Client) -> Enrolment:
+    """A fresh certificate over the same key; the client's new calls use it, those under way end
+    with the old one. Raises EnrolmentError for a certificate that cannot be used."""
+    enrolment = load_enrolment(home)
+    pem = await client.renew(build_request(identity, enrolment.site))
+    _check_certificate(pem, identity, enrolment.authority_pem, enrolment.site)
+    write_file(home.certificates / "site.pem", pem)
+    fresh = load_enrolment(home)
+    client.redial(way_of(fresh, identity))
+    return fresh

@@ -1,0 +1,85 @@
+"""Files that survive a crash: whole or not there, durable before the next step, one holder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from silo.errors import SiloError
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replace `path` by `content`; after a crash it holds either the old content or the new."""
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value stored at `path`, or None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# A new or renamed file is durable once its folder is: a directory is synced like a file.
+sync_folder = sync_file
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within one file system, durably."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def make_folder(path: Path) -> Path:
+    """A folder that nobody else can enter, and its parents."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+class InUse(SiloError):
+    """Another process holds the lock."""
+
+
+def lock(path: Path) -> int:
+    """Hold `path` (created where missing) for this process until its descriptor is closed.
+
+    The kernel drops the lock when the process dies, whatever kills it. Raises `InUse`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InUse(
+            f"{path} is held by another agent on this machine: stop that one first, "
+            "or give this one a home of its own"
+        ) from error
+    return descriptor

@@ -1,0 +1,163 @@
+"""The ledger file of one study: append-only, hash-chained, durable before `append` returns.
+
+    file   = MAGIC || record*
+    record = header || entry || chain
+    header = u32 length of entry || u32 CRC-32 of those four bytes
+    chain  = SHA-256(chain before || entry)          the first: SHA-256(MAGIC || study)
+
+What a crash can leave is a last record that is not whole. It is cut off when the file is opened:
+`append` had not returned, so nothing that depends on the record ever left the silo. Anything else
+that does not verify is damage, and a damaged ledger is not used: it may have forgotten what was
+done. The header has a check of its own so that damage to a length is not taken for a torn tail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from pathlib import Path
+
+from secagg.codec import u32
+from secagg.errors import MalformedMessage
+from secagg.ledger import Entry, decode_entry, encode_entry
+from silo.errors import LedgerError
+from silo.files import InUse, lock, sync_folder
+
+MAGIC = b"concilium ledger 1\n"
+_HEADER = 8
+_CHAIN = 32
+_MAX_ENTRY = 2 << 20
+
+
+class LedgerFile:
+    """The entries of one study, and the exclusive right to add to them."""
+
+    def __init__(self, path: Path, study: str) -> None:
+        """Open or create; raises LedgerError if another process holds it or it is damaged."""
+        try:
+            self._file = lock(path)
+        except InUse as error:
+            raise LedgerError(str(error)) from error
+        self._path = path
+        self._broken = False
+        self._turn = threading.Lock()
+        self._entries: list[Entry] = []
+        self._chain = hashlib.sha256(MAGIC + study.encode()).digest()
+        try:
+            self._read()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything recorded so far, oldest first."""
+        return tuple(self._entries)
+
+    def append(self, entry: Entry) -> None:
+        """Make `entry` durable. After an OSError the ledger must be opened anew.
+
+        Which of the bytes reached the disk is unknown after a failed write or fsync, so nothing
+        may be written behind them before the tail was read again.
+        """
+        # The lock also keeps `close` from giving the descriptor away while it is written to.
+        with self._turn:
+            if self._broken:
+                raise LedgerError(f"{self._path} is closed, or failed before: open it again")
+            encoded = encode_entry(entry)
+            chain = _next(self._chain, encoded)
+            record = _header(encoded) + encoded + chain
+            self._broken = True
+            _write(self._file, record)
+            os.fsync(self._file)
+            self._broken = False
+            self._chain = chain
+            self._entries.append(entry)
+
+    def close(self) -> None:
+        """Let another process have it."""
+        with self._turn:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+                self._broken = True
+
+    def _read(self) -> None:
+        content = _read_all(self._file)
+        if len(content) < len(MAGIC) and MAGIC.startswith(content):
+            self._start()
+            return
+        if not content.startswith(MAGIC):
+            raise LedgerError(f"{self._path} is not a ledger: restore it, or leave the study")
+        at = len(MAGIC)
+        while (end := self._read_record(content, at)) is not None:
+            at = end
+        if at != len(content):
+            os.ftruncate(self._file, at)
+            os.fsync(self._file)
+        os.lseek(self._file, at, os.SEEK_SET)
+
+    def _start(self) -> None:
+        os.ftruncate(self._file, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        _write(self._file, MAGIC)
+        os.fsync(self._file)
+        # Without this a crash could lose the whole file, and with it the memory of the silo.
+        sync_folder(self._path.parent)
+
+    def _read_record(self, content: bytes, at: int) -> int | None:
+        """Where the record at `at` ends, or None where the whole records end."""
+        header = content[at : at + _HEADER]
+        if len(header) < _HEADER or (not any(header) and not any(content[at:])):
+            return None
+        length = int.from_bytes(header[:4], "big")
+        if header[4:] != _header_check(header[:4]) or length > _MAX_ENTRY:
+            raise self._damaged(at)
+        end = at + _HEADER + length + _CHAIN
+        chain = content[end - _CHAIN : end]
+        # A file system may have grown the file before it wrote the bytes; no chain is all zeros.
+        if end > len(content) or (end == len(content) and not any(chain)):
+            return None
+        encoded = content[at + _HEADER : end - _CHAIN]
+        if _next(self._chain, encoded) != chain:
+            raise self._damaged(at)
+        try:
+            self._entries.append(decode_entry(encoded))
+        except MalformedMessage as error:
+            raise self._damaged(at) from error
+        self._chain = chain
+        return end
+
+    def _damaged(self, at: int) -> LedgerError:
+        return LedgerError(
+            f"{self._path} is damaged at byte {at}, after {len(self._entries)} whole records. "
+            "It is what keeps this site from answering twice, so it is not used any more: find out "
+            "what changed it, restore the newest copy, and leave the study if there is none"
+        )
+
+
+def _header(encoded: bytes) -> bytes:
+    length = u32(len(encoded))
+    return length + _header_check(length)
+
+
+def _header_check(length: bytes) -> bytes:
+    return u32(zlib.crc32(length))
+
+
+def _next(chain: bytes, encoded: bytes) -> bytes:
+    return hashlib.sha256(chain + encoded).digest()
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _read_all(file: int) -> bytes:
+    parts = []
+    while part := os.read(file, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)

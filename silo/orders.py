@@ -1,0 +1,149 @@
+"""What the agent asks of its worker, and what comes back: plain values, so that no torch is here.
+
+Large things travel as files. Every order says where its checkpoint is; an order that is given
+again after a crash goes on from there and ends in the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Order(Generic[R_co]):
+    """An order whose answer is an R."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the worker may use; see [resources] in site.toml."""
+
+    device: str | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class CacheImages(Order[Path]):
+    """Read the institution's images into the uint8 cache; the answer is the cache's folder."""
+
+    source: Path
+    format: str
+    image_size: int
+    channels: int
+    caches: Path
+
+
+@dataclass(frozen=True)
+class TrainRound(Order["RoundTrained"]):
+    """Train from the input model and encode the weighted delta."""
+
+    machine: Machine
+    plan: str
+    """Canonical TOML."""
+    round: int
+    silos: int
+    work: bytes
+    """Canonical JSON of a RoundWork."""
+    model: Path
+    """The input model: flat float32, little-endian."""
+    images: Path
+    """uint8 .npy (n, c, h, w)."""
+    count: int
+    """Coarse count: the weight of this silo."""
+    seed: int
+    residual: Path
+    """What earlier rounds left out; may be missing."""
+    vector: Path
+    """Where the ring words go."""
+    new_residual: Path
+    """Where the residual goes that counts once the vector is in a sum."""
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class RoundTrained:
+    """For the site's own log; the sum holds the same, hidden among the others."""
+
+    loss: float
+    saturated: int
+    fault: bool
+    """The delta (or loss) was not finite; zeros were encoded, with a flag."""
+    first_bad_step: int | None
+
+
+@dataclass(frozen=True)
+class TrainLocal(Order["LocalTrained"]):
+    """Train the local DDPM that auxiliary images are sampled from."""
+
+    machine: Machine
+    plan: str
+    images: Path
+    seed: int
+    weights: Path
+    """Where the moving average of the weights goes: float32 .npy."""
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class LocalTrained:
+    """For the site's own log."""
+
+    loss: float
+    first_bad_step: int | None
+
+
+@dataclass(frozen=True)
+class SampleLocal(Order["Sampled"]):
+    """Draw images from the local DDPM and audit them against the training images."""
+
+    machine: Machine
+    plan: str
+    images: Path
+    weights: Path
+    seed: int
+    first: int
+    """Number of the first sample: the same seed and number is the same image."""
+    samples: int
+    kept: Path
+    """Where those that passed go: uint8 .npy (n, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The audit's figures; they stay at the site."""
+
+    samples: int
+    kept: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class FeatureMoments(Order["MomentsSummed"]):
+    """Sum features of the real images and encode count, sum and outer products."""
+
+    machine: Machine
+    silos: int
+    work: bytes
+    """Canonical JSON of a MomentsWork."""
+    images: Path
+    vector: Path
+
+
+@dataclass(frozen=True)
+class MomentsSummed:
+    """How much did not fit the bound that the study set."""
+
+    clipped: int
+
+
+@dataclass(frozen=True)
+class PublishModel(Order[Path]):
+    """Turn the study's final model into a folder that diffusers loads."""
+
+    machine: Machine
+    plan: str
+    model: Path
+    folder: Path

@@ -1,0 +1,287 @@
+"""One study at this site, from its acceptance to its end: ask for the next task, answer it.
+
+Nothing here has to survive a crash: the ledger, the vectors and the certificates do, and the
+coordinator asks again for whatever it did not get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.certificate import Certificate
+from secagg.context import Quantity, SessionContext
+from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
+from secagg.events import (
+    Adverts,
+    Confirmations,
+    GiveUp,
+    Headers,
+    Open,
+    Send,
+    Settle,
+    SiloEvent,
+    Survivors,
+)
+from secagg.messages import MaskedInput, Parcel, Signed, Step
+from secagg.silo import SiloParty
+from silo import failpoints
+from silo.client import Client
+from silo.config import SiloConfig
+from silo.errors import (
+    DataError,
+    ProposalRefused,
+    RefusedByCoordinator,
+    WorkFailed,
+)
+from silo.files import write_json
+from silo.home import StudyHome
+from silo.ledger import LedgerFile
+from silo.model_size import parameter_count
+from silo.offers import Terms
+from silo.orders import PublishModel
+from silo.outcomes import Outcomes
+from silo.proposal import Pinned, Proposal, check_open
+from silo.protocol import Protocol
+from silo.quantities import Quantities
+from silo.status import Status
+from silo.worker import Progress, Worker
+
+_WAIT_SECONDS = 20
+_LONGEST_REASON = 500
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
+_POINTS = {
+    Step.ADVERTISE: "after-advertise",
+    Step.SHARE: "after-share",
+    Step.MASKED_INPUT: "after-upload",
+    Step.CONFIRM: "after-confirm",
+}
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every study of this agent uses."""
+
+    client: Client
+    worker: Worker
+    status: Status
+    config: SiloConfig
+
+
+class Participation:
+    """This site's part in one study."""
+
+    def __init__(
+        self, tools: Tools, study: StudyHome, terms: Terms, party: SiloParty, quantities: Quantities
+    ) -> None:
+        """Raises LedgerError where the study's ledger is in use or damaged."""
+        self._tools, self._study, self.terms, self._party = tools, study, terms, party
+        self._quantities = quantities
+        self._ledger = LedgerFile(study.ledger, study.name)
+        self._protocol = Protocol(party, self._ledger, study.masked)
+        self._outcomes = Outcomes(study.outcomes)
+        self._delay = _FIRST_DELAY
+        self._reports: set[asyncio.Task[None]] = set()
+        self._refused: set[int] = set()
+        self._log = structlog.get_logger(__name__).bind(study=study.name)
+
+    async def run(self) -> None:
+        """Until the study has ended."""
+        self._show(state="running", title=self.terms.plan.study.title, trouble=None)
+        try:
+            while not self._study.ended.exists():
+                await self._once()
+        finally:
+            self._ledger.close()
+        self._show(state="ended", phase="", activity="")
+
+    async def _once(self) -> None:
+        """One task. What went wrong is told to whoever has to act, and asked for again later."""
+        task = None
+        try:
+            wait = _WAIT_SECONDS
+            task = await self._tools.client.next_task(
+                self._study.name, self._outcomes.settled, wait
+            )
+            await self._answer(task)
+        except (Refused, ProposalRefused) as error:
+            await self._refuse(task, error, str(error))
+        except (DataError, WorkFailed) as error:
+            # The text may hold paths and file names; it stays in this site's own log.
+            await self._refuse(task, error, "this site could not compute its contribution")
+        except (UnexpectedEvent, MalformedMessage, RefusedByCoordinator, OSError) as error:
+            await self._wait_after(error)
+        else:
+            self._delay = _FIRST_DELAY
+
+    async def _refuse(self, task: pb.Task | None, error: Exception, reason: str) -> None:
+        if task is not None and task.session not in self._refused:
+            self._refused.add(task.session)
+            self._log.error("refused", session=task.session, reason=str(error))
+            try:
+                said = "".join(c for c in reason if c.isprintable())[:_LONGEST_REASON]
+                await self._tools.client.report_refusal(self._study.name, task.session, said)
+            except RefusedByCoordinator as answer:
+                self._log.warning("refusal not taken", reason=str(answer))
+        await self._wait_after(error)
+
+    async def _wait_after(self, error: Exception) -> None:
+        self._show(trouble=str(error))
+        self._log.warning("not answered", error=type(error).__name__, reason=str(error))
+        await asyncio.sleep(self._delay)
+        self._delay = min(2 * self._delay, _LONGEST_DELAY)
+
+    async def _answer(self, task: pb.Task) -> None:
+        kind = task.WhichOneof("task")
+        match kind:
+            case None | "idle":
+                self._show(phase="waiting", activity="", step=0, steps=0)
+            case "ended":
+                await self._end(task.ended)
+            case "open":
+                await self._open(task)
+            case "outcome":
+                await self._settle(task)
+            case "offer":
+                # New terms are decided in the agent's loop of offers; it restarts this study.
+                self._show(phase="new terms wait for approval")
+                await asyncio.sleep(_FIRST_DELAY)
+            case _:
+                self._show(session=task.session, phase=kind, activity="", trouble=None)
+                await self._send(task, await asyncio.to_thread(self._protocol.handle, _event(task)))
+
+    async def _open(self, task: pb.Task) -> None:
+        """Step 0: check, prepare, advertise. Nothing is promised before the vector is there."""
+        under_way = self._protocol.session
+        if under_way is not None and under_way.encode() == task.open.context:
+            sends = await asyncio.to_thread(self._protocol.handle, Open(under_way))
+            return await self._send(task, sends)
+        proposal = check_open(task.session, task.open, self._pinned())
+        self._protocol.history.check_open(proposal.context)
+        context = proposal.context
+        self._show(
+            session=context.session, quantity=str(context.quantity), phase="open", trouble=None
+        )
+        vector = await self._quantities.prepare(
+            proposal,
+            self.terms.roster,
+            await self._fetch(proposal),
+            lambda progress: self._report(context, progress),
+        )
+        await self._send(task, await asyncio.to_thread(self._protocol.open, context, vector))
+
+    def _pinned(self) -> Pinned:
+        policy = self._tools.config.policy
+        withheld = () if policy.auxiliary_samples else ("tags", "images")
+        return Pinned(
+            self.terms.plan,
+            self.terms.roster,
+            tuple(p for p in policy.purposes if p not in withheld),
+            self._outcomes.previous,
+            self._outcomes.tags(self._protocol.history),
+        )
+
+    async def _fetch(self, proposal: Proposal) -> Path | None:
+        if proposal.artifact is None:
+            return None
+        target = self._study.artifact(proposal.artifact)
+        await self._tools.client.download(
+            self._study.name, proposal.artifact, target, at_most=proposal.artifact_bytes
+        )
+        if target.stat().st_size != proposal.artifact_bytes:
+            raise ProposalRefused(
+                f"artifact {proposal.artifact.hex()} has {target.stat().st_size} bytes, "
+                f"the plan says {proposal.artifact_bytes}"
+            )
+        return target
+
+    async def _send(self, task: pb.Task, sends: list[Send]) -> None:
+        """Hand in messages; before the masked input's, the vector that it speaks of."""
+        context = self._protocol.session
+        for send in sends:
+            if send.message.step is Step.MASKED_INPUT and context is not None:
+                self._show(activity="uploading")
+                path = self._protocol.masked_vector(context)
+                digest = MaskedInput.decode(send.message.body).vector
+                await self._tools.client.upload(self._study.name, task.session, path, digest)
+            await self._tools.client.submit(_submission(task, send))
+            quantity = context.quantity if context else Quantity("", 0)
+            failpoints.reach(_POINTS.get(send.message.step, ""), quantity)
+
+    async def _settle(self, task: pb.Task) -> None:
+        """A certificate: verified, recorded, its consequences drawn; then it counts as settled."""
+        certificate = Certificate.decode(task.outcome.certificate)
+        record = await asyncio.to_thread(self._protocol.settle, Settle(certificate))
+        if record is not None:
+            if record.context.session != task.session:
+                raise ProposalRefused(f"the certificate of session {record.context.session}")
+            await asyncio.to_thread(self._quantities.settle, record)
+        self._outcomes.add(task.session, certificate)
+        how = "summed" if certificate.is_sum else "aborted"
+        names = self.terms.roster.names(certificate.survivors)
+        self._log.info("session settled", session=task.session, outcome=how, survivors=names)
+        self._show(session=task.session, phase=how, activity="")
+
+    async def _end(self, ended: pb.StudyEnded) -> None:
+        reason = pb.StudyEnded.Reason.Name(ended.reason).lower()
+        if ended.model:
+            await self._publish(ended.model)
+        self._log.info("study ended", reason=reason)
+        write_json(self._study.ended, {"reason": reason, "model": ended.model.hex()})
+
+    async def _publish(self, digest: bytes) -> None:
+        target = self._study.artifact(digest)
+        size = 4 * parameter_count(self.terms.plan.model)
+        await self._tools.client.download(self._study.name, digest, target, at_most=size)
+        order = PublishModel(
+            self._tools.worker.machine, self.terms.plan.toml(), target, self._study.model
+        )
+        progress = self._study.work / "progress"
+        await self._tools.worker.run(order, progress, lambda _: None)
+
+    def _report(self, context: SessionContext, progress: Progress) -> None:
+        self._show(activity=progress.activity, step=progress.step, steps=progress.steps)
+        request = pb.ReportProgressRequest(
+            study=self._study.name,
+            session=context.session,
+            activity=progress.activity,
+            step=progress.step,
+            steps=progress.steps,
+        )
+        report = asyncio.create_task(self._tools.client.report_progress(request))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+
+    def _show(self, **values: object) -> None:
+        self._tools.status.study(self._study.name, **values)
+
+
+def _event(task: pb.Task) -> SiloEvent:
+    """The event that a task means. Raises MalformedMessage."""
+    match task.WhichOneof("task"):
+        case "adverts":
+            return Adverts(tuple(Signed.decode(m) for m in task.adverts.signed))
+        case "headers":
+            parcels = {p.silo: Parcel(p.mailbox, p.seed) for p in task.headers.parcels}
+            return Headers(tuple(Signed.decode(m) for m in task.headers.signed), parcels)
+        case "survivors":
+            return Survivors(tuple(task.survivors.silos))
+        case "confirmations":
+            return Confirmations(tuple(Signed.decode(m) for m in task.confirmations.signed))
+        case "give_up":
+            return GiveUp(task.give_up.context_digest)
+    raise MalformedMessage(f"task {task.WhichOneof('task')!r} is unknown to this version")
+
+
+def _submission(task: pb.Task, send: Send) -> pb.SubmitRequest:
+    parcels = [
+        pb.Parcel(silo=index, mailbox=parcel.mailbox, seed=parcel.seed)
+        for index, parcel in sorted(send.parcels.items())
+    ]
+    return pb.SubmitRequest(
+        study=task.study, session=task.session, signed=send.message.encode(), parcels=parcels
+    )

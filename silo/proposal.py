@@ -1,0 +1,179 @@
+"""What the coordinator proposes in an `Open`, checked against what this site holds.
+
+The silo computes the whole context of the session for itself, from the roster and the plan it
+accepted, from the work it was sent and from the certificates it verified, and takes part only if
+the coordinator's context is the same in every field. Pure: no files, no network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.certificate import Certificate
+from secagg.context import NO_HASH, SessionContext
+from secagg.errors import InvalidParameters, MalformedMessage
+from secagg.ledger import STATIC_PURPOSES
+from secagg.roster import Roster
+from silo.errors import ProposalRefused
+from silo.model_size import parameter_count
+from study.plan import Plan
+from study.quantity import (
+    CensusWork,
+    ImagesWork,
+    MomentsWork,
+    RoundWork,
+    TagsWork,
+    Work,
+    decode_work,
+    session_context,
+)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What this site agreed to, and how the sessions so far ended."""
+
+    plan: Plan
+    roster: Roster
+    purposes: tuple[str, ...]
+    """What the site policy lets be summed."""
+    previous: bytes = NO_HASH
+    """Digest of the certificate that ended the last session."""
+    tags: dict[int, Certificate] = field(default_factory=dict)
+    """Attempt → sum certificate of its tags."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A session this site can take part in."""
+
+    context: SessionContext
+    work: Work
+    artifact: bytes | None
+    """SHA-256 of the one file that the work needs, if any."""
+    artifact_bytes: int = 0
+    """How long that file is."""
+
+
+def check_open(session: int, message: pb.Open, pinned: Pinned) -> Proposal:
+    """Raises ProposalRefused, which names the first thing that is not as agreed."""
+    try:
+        context = SessionContext.decode(message.context)
+        work = decode_work(message.work)
+        _check_work(work, context.quantity.round, pinned)
+        expected = _expected(session, context.quantity.round, work, message, pinned)
+    except (MalformedMessage, InvalidParameters, ValueError) as error:
+        raise ProposalRefused(f"session {session}: {error}") from error
+    for part in fields(SessionContext):
+        ours, theirs = getattr(expected, part.name), getattr(context, part.name)
+        if ours != theirs:
+            raise ProposalRefused(
+                f"session {session} ({context.quantity}): {part.name} is {_shown(theirs)}, "
+                f"this site has {_shown(ours)}"
+            )
+    artifact, size = _artifact(work, message, pinned)
+    return Proposal(context, work, artifact, size)
+
+
+def _expected(
+    session: int, round: int, work: Work, message: pb.Open, pinned: Pinned
+) -> SessionContext:
+    reservation, model = NO_HASH, NO_HASH
+    survivors: tuple[int, ...] = ()
+    if isinstance(work, ImagesWork):
+        reservation = bytes.fromhex(work.tags)
+        survivors = pinned.tags[round].survivors
+    if isinstance(work, RoundWork):
+        model = _only_artifact(message)
+    return session_context(
+        pinned.roster,
+        pinned.plan.digest(),
+        pinned.plan.secure_sum.ring,
+        work,
+        session=session,
+        round=round,
+        model=model,
+        reservation=reservation,
+        survivors=survivors,
+        previous=pinned.previous,
+    )
+
+
+def _check_work(work: Work, round: int, pinned: Pinned) -> None:
+    """The work is the plan's. Raises ValueError."""
+    plan = pinned.plan
+    if work.purpose not in pinned.purposes:
+        raise ValueError(f"{work.purpose}: the site policy does not let this be summed")
+    match work:
+        case CensusWork():
+            last = pinned.roster.epoch
+        case MomentsWork():
+            last = pinned.roster.epoch
+            _check_moments(work, plan)
+        case TagsWork():
+            last = _check_tags(work, plan)
+        case ImagesWork():
+            last = _check_images(work, plan)
+            if round not in pinned.tags:
+                raise ValueError(f"images {round}: there is no sum of tags {round} with this site")
+        case RoundWork():
+            last = plan.rounds.count
+            _check_round(work, round, plan)
+    first = pinned.roster.epoch if work.purpose in STATIC_PURPOSES else 1
+    if not first <= round <= last:
+        raise ValueError(f"{work.purpose} {round}: the plan has {first} to {last}")
+
+
+def _check_moments(work: MomentsWork, plan: Plan) -> None:
+    agreed = plan.evaluation
+    if agreed is None or (work.network, work.sha256) != (agreed.feature_network, agreed.sha256):
+        raise ValueError(f"moments: feature network {work.network!r} is not the plan's")
+
+
+def _check_tags(work: TagsWork, plan: Plan) -> int:
+    agreed = plan.auxiliary
+    if agreed is None or work.images != agreed.images:
+        raise ValueError(f"tags: {work.images} synthetic images are not what the plan says")
+    if work.slots != agreed.images * agreed.slots_per_image:
+        raise ValueError(f"tags: {work.slots} slots are not what the plan says")
+    return agreed.max_attempts
+
+
+def _check_images(work: ImagesWork, plan: Plan) -> int:
+    channels, height, width = plan.data.shape
+    if plan.auxiliary is None or work.record_size != 1 + channels * height * width:
+        raise ValueError(f"images: records of {work.record_size} bytes are not the plan's images")
+    return plan.auxiliary.max_attempts
+
+
+def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
+    if sum(work.sizes) != parameter_count(plan.model):
+        raise ValueError(f"round {round}: {sum(work.sizes)} parameters are not the plan's model")
+    first = float(np.float32(plan.rounds.first_clip))
+    if round == 1 and any(clip != first for clip in work.clips):
+        raise ValueError(f"round 1: the clips are not the plan's first_clip = {first}")
+
+
+def _artifact(work: Work, message: pb.Open, pinned: Pinned) -> tuple[bytes | None, int]:
+    match work:
+        case RoundWork():
+            return _only_artifact(message), 4 * sum(work.sizes)
+        case ImagesWork():
+            slots = pinned.plan.auxiliary.slots_per_image if pinned.plan.auxiliary else 0
+            images = pinned.plan.auxiliary.images if pinned.plan.auxiliary else 0
+            return bytes.fromhex(work.tags), 4 * slots * images
+        case _:
+            return None, 0
+
+
+def _only_artifact(message: pb.Open) -> bytes:
+    if len(message.artifacts) != 1:
+        raise ValueError(f"{len(message.artifacts)} artifacts, a round has one: the input model")
+    return bytes(message.artifacts[0])
+
+
+def _shown(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

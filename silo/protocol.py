@@ -1,0 +1,146 @@
+"""One study's side of the secure sum at this silo: the pure state, its ledger, the masked vector.
+
+`secagg.silo` says what to do; here it is done, in order, on disk: a ledger entry is durable before
+what depends on it is handed back to be sent. All of it blocks, so the agent calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from secagg.context import SessionContext
+from secagg.errors import Refused
+from secagg.events import (
+    Headers,
+    InputMasked,
+    MaskInput,
+    Open,
+    Record,
+    Send,
+    Settle,
+    SiloEffect,
+    SiloEvent,
+)
+from secagg.ledger import History, SessionRecord
+from secagg.masking import DTYPES, MaskKey, apply_masks
+from secagg.silo import SiloParty, SiloState, complain, resume
+from silo import failpoints
+from silo.errors import LedgerError, WorkFailed
+from silo.files import write_file
+from silo.ledger import LedgerFile
+
+
+class Protocol:
+    """Feed events, get messages to send. After a restart it goes on from what the ledger says."""
+
+    def __init__(self, party: SiloParty, ledger: LedgerFile, masked: Path) -> None:
+        """`masked` is the folder for masked vectors."""
+        self._party, self._ledger, self._masked = party, ledger, masked
+        self._state: SiloState = resume(party, History.of(ledger.entries()))
+        self._vector: Path | None = None
+
+    @property
+    def history(self) -> History:
+        return self._state.history
+
+    @property
+    def session(self) -> SessionContext | None:
+        """The session under way."""
+        return self._state.session
+
+    def record(self, context: bytes) -> SessionRecord | None:
+        """What the ledger says of the session with this context digest."""
+        return self.history.sessions.get(context)
+
+    def masked_vector(self, context: SessionContext) -> Path:
+        """The file that is uploaded in this session."""
+        return self._masked / f"{context.session}.vector"
+
+    def open(self, context: SessionContext, vector: Path) -> list[Send]:
+        """Step 0 with the encoded vector, which is there before anything is promised.
+
+        Raises `Refused` where an honest silo does not take part, WorkFailed for a vector of
+        another length than the context says.
+        """
+        if vector.stat().st_size != context.vector_bytes:
+            raise WorkFailed(
+                f"the vector of {context.quantity} has {vector.stat().st_size} bytes, "
+                f"the session's has {context.vector_bytes}"
+            )
+        sends = self.handle(Open(context))
+        self._vector = vector
+        return sends
+
+    def handle(self, event: SiloEvent) -> list[Send]:
+        """Carry an event through; what is returned may be sent, and may be sent again.
+
+        Raises `Refused` and `UnexpectedEvent` as `secagg.silo` does, with nothing changed, and
+        OSError where a disk failed; then the state is what the ledger says.
+        """
+        if isinstance(event, Headers):
+            return self._handle_headers(event)
+        state, effects = self._state.handle(event)
+        return self._carry_out(state, effects)
+
+    def _handle_headers(self, event: Headers) -> list[Send]:
+        """Where one dealer's parcel contradicts its header, the answer is a complaint."""
+        try:
+            state, effects = self._state.handle(event)
+        except Refused as error:
+            if error.accused is None or self.session is None:
+                raise
+            return [complain(self._party, self.session.digest, error.accused)]
+        return self._carry_out(state, effects)
+
+    def _carry_out(self, state: SiloState, effects: Sequence[SiloEffect]) -> list[Send]:
+        before, self._state = self._state, state
+        sends: list[Send] = []
+        for effect in effects:
+            match effect:
+                case Record(entry):
+                    try:
+                        self._ledger.append(entry)
+                    except (OSError, LedgerError):
+                        self._forget(before)
+                        raise
+                case Send():
+                    sends.append(effect)
+                case MaskInput(keys):
+                    # A failure leaves the state at `Masking`: the same request masks again.
+                    sends += self.handle(self._mask(keys))
+        return sends
+
+    def _forget(self, before: SiloState) -> None:
+        """After a failed write neither state can be trusted: the new one was not recorded, and the
+        old one may hold secrets that the transition has wiped to zeros. A vector masked with keys
+        of zeros would be a vector in the clear. So both go, and the ledger alone decides."""
+        before.wipe()
+        self._state.wipe()
+        self._state = resume(self._party, History.of(self._ledger.entries()))
+        self._vector = None
+
+    def _mask(self, keys: Sequence[MaskKey]) -> InputMasked:
+        context = self.session
+        if context is None or self._vector is None:
+            raise WorkFailed("there is no vector to mask: the session was opened without one")
+        failpoints.reach("before-mask", context.quantity)
+        masked = np.fromfile(self._vector, dtype=DTYPES[context.ring])
+        apply_masks(masked, keys)
+        content = masked.tobytes()
+        write_file(self.masked_vector(context), content)
+        return InputMasked(hashlib.sha256(content).digest(), len(content))
+
+    def settle(self, event: Settle) -> SessionRecord | None:
+        """Record how a session ended; its record, or None for one that we took no part in.
+
+        Raises `Refused` for a certificate that does not prove it.
+        """
+        self.handle(event)
+        record = self.record(event.certificate.context)
+        if record is not None:
+            self.masked_vector(record.context).unlink(missing_ok=True)
+        return record

@@ -1,0 +1,211 @@
+"""The vector of each quantity: what this site contributes to a census, a round, a union, a mean.
+
+A vector is stored under its quantity until the session's outcome is known, so that a session that
+is tried again (same work, same input model) sums the very same vector: nothing is trained or drawn
+twice, and no second look at the data is given away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from secagg.context import SessionContext
+from secagg.ledger import SessionRecord
+from secagg.roster import Roster
+from silo.auxiliary import Auxiliary, derived_seed
+from silo.config import SiloConfig, data_path
+from silo.data.cache import Cached, open_cache
+from silo.errors import DataError
+from silo.files import move, read_json, write_file, write_json
+from silo.home import SiloHome, StudyHome
+from silo.orders import CacheImages, FeatureMoments, Order, TrainRound
+from silo.proposal import Proposal
+from silo.worker import Progress, Worker
+from study.integers import coarse_count
+from study.plan import Plan
+from study.quantity import (
+    CensusWork,
+    ImagesWork,
+    MomentsWork,
+    RoundWork,
+    TagsWork,
+    count_encoding,
+    encode_work,
+)
+
+R = TypeVar("R")
+log = structlog.get_logger(__name__)
+
+
+class Quantities:
+    """What one study asks of this site's data."""
+
+    def __init__(
+        self, home: SiloHome, study: StudyHome, plan: Plan, config: SiloConfig, worker: Worker
+    ) -> None:
+        self._home, self._study, self._plan = home, study, plan
+        self._config, self._worker = config, worker
+        self._on_progress: Callable[[Progress], None] = lambda _: None
+        self._secret = _secret(study.path / "seed")
+        seed = derived_seed(self._secret, "local model")
+        self._auxiliary = Auxiliary(study, plan, worker.machine, seed, self._run)
+
+    async def prepare(
+        self,
+        proposal: Proposal,
+        roster: Roster,
+        artifact: Path | None,
+        on_progress: Callable[[Progress], None],
+    ) -> Path:
+        """The file with the encoded vector of a session.
+
+        Raises DataError, WorkFailed or ProposalRefused.
+        """
+        self._on_progress = on_progress
+        context = proposal.context
+        folder = self._study.vector(context.quantity.purpose, context.quantity.round)
+        vector, request = folder / "vector", _request(context)
+        if read_json(folder / "request.json") == request and vector.exists():
+            log.info("vector kept from an earlier session", quantity=str(context.quantity))
+            return vector
+        (folder / "request.json").unlink(missing_ok=True)
+        await self._compute(proposal, roster, artifact, folder)
+        write_json(folder / "request.json", request)
+        return vector
+
+    def settle(self, record: SessionRecord) -> None:
+        """Draw the consequences of how a session ended; doing it twice changes nothing.
+
+        In the sum: what was rounded away is carried on. Summed without this site: its delta is
+        dropped and the residual is what it was. Aborted: the vector is kept, for the same quantity
+        may be asked for again.
+        """
+        settled, context = record.settled, record.context
+        if settled is None or not settled.summed:
+            return
+        quantity = context.quantity
+        folder = self._study.vector(quantity.purpose, quantity.round)
+        candidate = folder / "residual.npy"
+        ours = read_json(folder / "request.json") == _request(context)
+        if quantity.purpose == "round" and settled.included and ours and candidate.exists():
+            move(candidate, self._study.residual)
+        shutil.rmtree(folder, ignore_errors=True)
+        if quantity.purpose == "round":
+            self._study.artifact(context.model).unlink(missing_ok=True)
+
+    async def count(self) -> int:
+        """ñ: the coarse count of this site's images. Raises DataError where there are none."""
+        return coarse_count((await self._images()).count)
+
+    async def _compute(
+        self, proposal: Proposal, roster: Roster, artifact: Path | None, folder: Path
+    ) -> None:
+        vector, work = folder / "vector", proposal.work
+        attempt = proposal.context.quantity.round
+        match work:
+            case CensusWork():
+                census = count_encoding(roster.size)
+                write_file(vector, census.encode({"count": await self.count()}).tobytes())
+            case MomentsWork():
+                await self._moments(work, roster.size, vector)
+            case TagsWork():
+                images = await self._images()
+                count = coarse_count(images.count)
+                write_file(vector, await self._auxiliary.tags(attempt, work, count, images.file))
+            case ImagesWork():
+                total = _needed(artifact)
+                content = await asyncio.to_thread(self._auxiliary.images, attempt, work, total)
+                write_file(vector, content)
+            case RoundWork():
+                await self._round(attempt, work, roster.size, _needed(artifact), folder)
+
+    async def _moments(self, work: MomentsWork, silos: int, vector: Path) -> None:
+        images = (await self._images()).file
+        order = FeatureMoments(self._worker.machine, silos, encode_work(work), images, vector)
+        done = await self._run(order)
+        if done.clipped:
+            log.warning("feature moments exceed the study's bound", values=done.clipped)
+
+    async def _round(
+        self, round: int, work: RoundWork, silos: int, model: Path, folder: Path
+    ) -> None:
+        images = await self._images()
+        order = TrainRound(
+            machine=self._worker.machine,
+            plan=self._plan.toml(),
+            round=round,
+            silos=silos,
+            work=encode_work(work),
+            model=model,
+            images=images.file,
+            count=coarse_count(images.count),
+            seed=derived_seed(self._secret, f"round {round}"),
+            residual=self._study.residual,
+            vector=folder / "vector",
+            new_residual=folder / "residual.npy",
+            checkpoint=self._study.work / f"round-{round}-{model.name[:16]}.checkpoint",
+        )
+        done = await self._run(order)
+        if done.fault:
+            log.error(
+                "training gave a model that is not finite; zeros are contributed, with a flag",
+                round=round,
+                first_bad_step=done.first_bad_step,
+                hint="a learning rate that is too high for this site's images, or a model made to "
+                "break training; the study centre sees how many sites this happened to",
+            )
+        log.info("trained", round=round, loss=done.loss, saturated=done.saturated)
+
+    async def _images(self) -> Cached:
+        """The images as they were when the study first asked: counts and moments are static."""
+        note = self._study.path / "data.json"
+        pinned = read_json(note)
+        if pinned is not None and (known := open_cache(self._home.cache / pinned["cache"])):
+            return known
+        channels, size, _ = self._plan.data.shape
+        source = data_path(self._home, self._config)
+        order = CacheImages(source, self._config.data.format, size, channels, self._home.cache)
+        cached = open_cache(await self._run(order))
+        if cached is None:
+            raise DataError(f"{self._home.cache} was changed while images were read: try again")
+        if pinned is not None and pinned["cache"] != cached.key:
+            raise DataError(
+                f"the images at {source} are not those that this study began with, and their copy "
+                "in the cache is gone: restore either, or leave the study"
+            )
+        write_json(note, {"cache": cached.key, "count": cached.count})
+        return cached
+
+    async def _run(self, order: Order[R]) -> R:
+        progress = self._study.work / "progress"
+        return await self._worker.run(order, progress, lambda p: self._on_progress(p))
+
+
+def _request(context: SessionContext) -> dict[str, str]:
+    """What two sessions must share for one vector to serve both."""
+    return {
+        "quantity": str(context.quantity),
+        "encoding": context.encoding.hex(),
+        "model": context.model.hex(),
+        "reservation": context.reservation.hex(),
+    }
+
+
+def _needed(artifact: Path | None) -> Path:
+    if artifact is None:
+        raise DataError("the work needs a file that the coordinator did not name")
+    return artifact
+
+
+def _secret(path: Path) -> bytes:
+    """Random bytes of this study: the noise of local training must not be known elsewhere."""
+    if not path.exists():
+        write_file(path, os.urandom(32))
+    return path.read_bytes()

@@ -1,0 +1,175 @@
+"""The worker: one child process that computes with torch, and ends when it has nothing to do.
+
+It is spawned, not forked, so that it shares neither locks nor sockets with the agent. It watches
+its parent: an agent that is killed takes its worker with it. A worker that dies (out of memory,
+say) is started anew and its order is tried once more; checkpoints keep what was done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from silo.config import Resources
+from silo.errors import SiloError, WorkFailed
+from silo.orders import Machine, Order
+
+R = TypeVar("R")
+log = structlog.get_logger(__name__)
+
+_PROGRESS_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an order is, in steps that the plan fixes."""
+
+    activity: str
+    step: int
+    steps: int
+
+
+class Worker:
+    """At most one child process, at most one order at a time."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.machine = Machine(resources.device, resources.threads)
+        self._resources = resources
+        self._turn = asyncio.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a child process now."""
+        return self._pool is not None
+
+    async def run(
+        self, order: Order[R], progress: Path, on_progress: Callable[[Progress], None]
+    ) -> R:
+        """The answer to `order`. `progress` is a file that the worker may use to report with.
+
+        Raises DataError for images that cannot be used, ProposalRefused for work that is not what
+        the plan says, and WorkFailed for everything else.
+        """
+        async with self._turn:
+            if self._timer is not None:
+                self._timer.cancel()
+            watcher = asyncio.create_task(_watch(progress, on_progress))
+            try:
+                return await self._run_twice(order, progress)
+            except SiloError:
+                raise
+            except Exception as error:
+                name = type(order).__name__
+                log.exception("order failed", order=name)
+                raise WorkFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+            finally:
+                watcher.cancel()
+                progress.unlink(missing_ok=True)
+                delay = self._resources.idle_seconds
+                self._timer = asyncio.get_running_loop().call_later(delay, self._stop)
+
+    async def _run_twice(self, order: Order[R], progress: Path) -> R:
+        try:
+            return await self._run_once(order, progress)
+        except BrokenProcessPool:
+            log.warning("worker died; its order is tried once more", order=type(order).__name__)
+        self._stop()
+        try:
+            return await self._run_once(order, progress)
+        except BrokenProcessPool as error:
+            self._stop()
+            raise WorkFailed(
+                f"the worker died twice over {type(order).__name__}: most often this machine has "
+                "too little memory for the study's model and batch size"
+            ) from error
+
+    async def _run_once(self, order: Order[R], progress: Path) -> R:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            arguments = (self._resources.niceness,)
+            self._pool = ProcessPoolExecutor(1, context, _begin, arguments)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, _execute, order, progress)
+        return await future
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def kill(self) -> None:
+        """End the child now, in the middle of what it does."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._pool is not None:
+            for process in list(self._pool._processes.values()):
+                process.kill()
+        self._stop()
+
+
+async def _watch(progress: Path, on_progress: Callable[[Progress], None]) -> None:
+    last = None
+    while True:
+        await asyncio.sleep(_PROGRESS_SECONDS)
+        found = await asyncio.to_thread(_read_progress, progress)
+        # The same figures again say that the worker lives: a reader knows the agent by them.
+        last = found or last
+        on_progress(last or Progress("starting", 0, 0))
+
+
+def _read_progress(path: Path) -> Progress | None:
+    try:
+        activity, step, steps = path.read_text("utf-8").split("\n")
+        return Progress(activity, int(step), int(steps))
+    except (OSError, ValueError):
+        return None
+
+
+def _begin(niceness: int) -> None:
+    """In the child, once."""
+    os.nice(niceness)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends us
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _execute(order: Order[R], progress: Path) -> R:
+    """In the child, for each order. Only here is torch imported."""
+    from silo.jobs import execute
+
+    return execute(order, ProgressFile(progress))
+
+
+class ProgressFile:
+    """The child's end: replaces the file at most twice a second."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._next = path, 0.0
+
+    def __call__(self, activity: str, step: int, steps: int) -> None:
+        if time.monotonic() < self._next and step < steps:
+            return
+        self._next = time.monotonic() + 0.5
+        partial = self._path.with_name(self._path.name + ".new")
+        partial.write_text(f"{activity}\n{step}\n{steps}", "utf-8")
+        os.replace(partial, self._path)
