@@ -1,0 +1,1 @@
+"""The front door: the `concilium` command, and a whole federation in one box (`concilium demo`)."""

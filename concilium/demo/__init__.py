@@ -1,0 +1,1 @@
+"""A federation on one machine: real processes, real sockets, real images."""
