@@ -155,7 +155,7 @@ class Rounds(Spec):
 
     first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] | None = None
     """Largest change of a parameter in the first round (later clips follow the aggregates);
-    absent = learning_rate · local_steps, about as far as AdamW can go."""
+    absent = learning_rate · local_steps."""
 
 
 class Evaluation(Spec):
@@ -199,8 +199,8 @@ class Plan(Spec):
     def first_clip(self) -> float:
         """The clip of every tensor in the first round, a float32 value.
 
-        AdamW moves a parameter by at most learning_rate · (1 − β1)/√(1 − β2) a step, which is the
-        learning rate itself at this project's β = (0.9, 0.99).
+        By default learning_rate · local_steps: where AdamW takes a parameter whose gradient stays
+        the same. A gradient that grows can take it further; that is clipped, counted and carried.
         """
         given = self.rounds.first_clip
         bound = self.optimizer.learning_rate * self.rounds.local_steps

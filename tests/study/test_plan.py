@@ -135,7 +135,7 @@ def test_every_problem_is_named_at_once():
     assert len(caught.value.problems) == 2
 
 
-def test_the_first_clip_is_as_far_as_adamw_can_go_unless_the_plan_says_otherwise():
+def test_the_first_clip_is_learning_rate_times_steps_unless_the_plan_says_otherwise():
     assert load_plan(EXAMPLE).first_clip == pytest.approx(2e-3 * 60)
     given = load_plan(changed("count = 8", "count = 8\nfirst_clip = 0.25"))
     assert given.first_clip == 0.25
