@@ -36,7 +36,7 @@ def loss_table(
     """Loss of every image (uint8 (n, c, h, w)) in every bin of timesteps: float32 (n, bins).
 
     Bin j covers t = ⌊jT/bins⌋ … ⌊(j + 1)T/bins⌋ − 1. Image i is given one timestep and one noise
-    in each bin, functions of (seed, i, j). The model is measured as in inference (no dropout).
+    in each bin, functions of (seed, i, j).
 
     Raises ValueError when there are more bins than timesteps.
     """

@@ -49,7 +49,6 @@ def build_model(spec: ModelSpec) -> nn.Module:
         add_attention=spec.mid_attention,
         attention_head_dim=spec.attention_head_dim,
         norm_num_groups=spec.norm_num_groups,
-        dropout=spec.dropout,
     )
     return model
 
@@ -186,8 +185,9 @@ def save_pipeline(
     folder: Path, model: nn.Module, schedule: ScheduleSpec, objective: ObjectiveSpec
 ) -> None:
     """Write the folder that `diffusers.DDPMPipeline.from_pretrained(folder)` reads."""
-    scheduler = training_scheduler(schedule, objective)
-    pipeline = DDPMPipeline(unet=model, scheduler=scheduler)  # type: ignore[arg-type]
+    plain = UNet2DModel.from_config(model.config)
+    load_vector(plain, to_vector(model))
+    pipeline = DDPMPipeline(plain, training_scheduler(schedule, objective))  # type: ignore[arg-type]
     pipeline.save_pretrained(folder)
 
 

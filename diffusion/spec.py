@@ -54,9 +54,6 @@ class ModelSpec(Spec):
     norm_num_groups: Annotated[int, Field(ge=1, le=256)] = 8
     """Groups of every GroupNorm."""
 
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout probability inside residual blocks."""
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         widths, levels = self.block_out_channels, len(self.block_out_channels)

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import distributed, nn
 
 from diffusion.batches import BatchOrder
 from diffusion.checkpoint import Checkpoint
-from diffusion.ema import ema_decay, update_ema
 from diffusion.execution import Execution
-from diffusion.model import Vector, join_vector, load_vector, parameters, split_vector
+from diffusion.flat import FlatParameters
+from diffusion.model import Vector
 from diffusion.schedule import alpha_bar
 from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
-from kernels import ddpm_loss, q_sample
+from kernels import adamw_ema_, ddpm_loss, q_sample
 from kernels.noise import derive_key, timesteps
 
 Images = NDArray[np.uint8]
@@ -89,22 +89,24 @@ def train(
     resume       a Checkpoint of this very call: same model, data, seed and specs
 
     A loss that is not finite does not stop the run; `TrainResult.first_non_finite_step` reports it.
-    Raises ValueError for images of another shape or dtype than the model's.
+    Under an initialised `torch.distributed` every process takes its share of each batch and all end
+    with the same weights.
+
+    Raises ValueError for images that are not uint8 (n, c, h, w).
     """
     _check_images(images)
-    run = _Run(model, schedule, objective, optimizer, seed, execution, ema)
-    run.correct_by(proximal, control)
-    losses = run.resume(resume) if resume else []
+    run = _Run(model, schedule, objective, optimizer, seed, execution)
+    run.begin(ema, proximal, control, resume)
     order = BatchOrder(len(images), optimizer.batch_size, seed)
-    for done in range(len(losses), steps):
+    for done in range(len(run.losses), steps):
         step = first_step + done
-        x_0 = torch.from_numpy(images[order.indices(step)]).to(execution.device)
-        losses.append(run.step(x_0, step))
+        x_0 = torch.from_numpy(images[order.indices(step)[run.rows]]).to(execution.device)
+        run.step(x_0, step)
         if progress:
-            progress(done + 1, float(losses[-1]))
+            progress(done + 1, float(run.losses[-1]))
         if save and (done + 1) % save_every == 0 and done + 1 < steps:
-            save(run.checkpoint(losses))
-    return run.result(losses)
+            save(run.checkpoint())
+    return run.result()
 
 
 def _check_images(images: Images) -> None:
@@ -125,45 +127,74 @@ class _Run:
         optimizer: OptimizerSpec,
         seed: int,
         execution: Execution,
-        ema: Vector | None,
     ) -> None:
         execution.place(model)
-        device = execution.device
         self.model, self.execution = model.train(), execution
         self.objective, self.optimizer = objective, optimizer
-        self.parameters = parameters(model)
-        self.adamw = _adamw(self.parameters, optimizer)
-        self.ema = [p.detach().clone() for p in self.parameters]
-        if ema is not None:
-            _copy_into(self.ema, split_vector(model, ema))
-        self.alpha_bar = alpha_bar(schedule).to(device)
-        self.noise_key = torch.tensor([derive_key(seed, "training noise")], device=device)
-        self.timestep_key = torch.tensor([derive_key(seed, "training timesteps")], device=device)
-        self.sample_id = torch.arange(optimizer.batch_size, device=device)
-        self.anchor: list[torch.Tensor] = []
+        self.device = execution.device
+        self.alpha_bar = alpha_bar(schedule).to(self.device)
+        self.noise_key = self._number(derive_key(seed, "training noise"))
+        self.timestep_key = self._number(derive_key(seed, "training timesteps"))
+        self.processes, self.rows = _share_of_batch(optimizer.batch_size)
+        self.sample_id = torch.arange(optimizer.batch_size, device=self.device)[self.rows]
+        self.flat = FlatParameters(model)
+        self.first_moment, self.second_moment = self.flat.buffer(), self.flat.buffer()
+        self.ema = self.flat.values.clone()
+        self.anchor: torch.Tensor | None = None
         self.mu = 0.0
-        self.control: list[torch.Tensor] = []
-        self.gradient_sum: list[torch.Tensor] = []
+        self.control: torch.Tensor | None = None
+        self.gradient_sum: torch.Tensor | None = None
+        self.losses: list[torch.Tensor] = []
 
-    def correct_by(self, proximal: tuple[Vector, float] | None, control: Vector | None) -> None:
-        if proximal is not None:
-            self.anchor, self.mu = self._on_device(proximal[0]), proximal[1]
+    def begin(
+        self,
+        ema: Vector | None,
+        proximal: tuple[Vector, float] | None,
+        control: Vector | None,
+        resume: Checkpoint | None,
+    ) -> None:
+        buffer = self.flat.buffer
+        if ema is not None:
+            self.ema = buffer(ema)
+        if proximal is not None and proximal[1] > 0.0:
+            self.anchor, self.mu = buffer(proximal[0]), proximal[1]
         if control is not None:
-            self.control = self._on_device(control)
-            self.gradient_sum = [torch.zeros_like(p) for p in self.parameters]
+            self.control, self.gradient_sum = buffer(control), buffer()
+        if resume is None:
+            return
+        self.flat.values.copy_(buffer(resume.parameters))
+        self.first_moment = buffer(resume.first_moment)
+        self.second_moment = buffer(resume.second_moment)
+        self.ema = buffer(resume.ema)
+        if control is not None:
+            self.gradient_sum = buffer(resume.gradient_sum)
+        self.losses = list(torch.tensor(resume.losses, device=self.device))
 
-    def step(self, x_0: torch.Tensor, step: int) -> torch.Tensor:
-        loss = self._loss(x_0, torch.tensor([step], device=x_0.device))
+    def step(self, x_0: torch.Tensor, step: int) -> None:
+        gradient, o = self.flat.gradient.zero_(), self.optimizer
+        loss = self._loss(x_0, self._number(step))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.optimizer.gradient_clip)
-        self._correct_gradient()
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(step, self.optimizer)
-        self.adamw.step()
-        self.adamw.zero_grad()
-        decay = ema_decay(step, self.optimizer.ema_decay, self.optimizer.ema_ramp)
-        update_ema(self.ema, self.parameters, decay)
-        return loss.detach()
+        self.losses.append(_mean_over_processes(loss.detach(), self.processes))
+        _mean_over_processes(gradient, self.processes)
+        norm = torch.linalg.vector_norm(gradient)
+        gradient.mul_((o.gradient_clip / norm).clamp(max=1.0))
+        if self.gradient_sum is not None:
+            self.gradient_sum.add_(gradient)
+        adamw_ema_(
+            self.flat.values,
+            gradient,
+            self.first_moment,
+            self.second_moment,
+            lr=torch.tensor(learning_rate(step, o), device=self.device),
+            step=self._number(len(self.losses)),
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+            ema=self.ema,
+            ema_decay=torch.tensor(ema_decay(step, o), device=self.device),
+            anchor=self.anchor,
+            mu=self.mu,
+            control=self.control,
+        )
 
     def _loss(self, x_0: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         key, table, row = self.noise_key, self.alpha_bar, self.sample_id
@@ -182,51 +213,26 @@ class _Run:
             snr_gamma=self.objective.snr_gamma,
         ).mean()
 
-    @torch.no_grad()
-    def _correct_gradient(self) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.gradient_sum:
-            torch._foreach_add_(self.gradient_sum, gradients)
-            torch._foreach_add_(gradients, self.control)
-        if self.anchor:
-            drift = torch._foreach_sub(list(self.parameters), self.anchor)
-            torch._foreach_add_(gradients, drift, alpha=self.mu)
-
-    def checkpoint(self, losses: list[torch.Tensor]) -> Checkpoint:
-        state = [self.adamw.state[p] for p in self.parameters]
+    def checkpoint(self) -> Checkpoint:
+        vector = self.flat.vector
         return Checkpoint(
-            parameters=join_vector(self.parameters),
-            first_moment=join_vector([s["exp_avg"] for s in state]),
-            second_moment=join_vector([s["exp_avg_sq"] for s in state]),
-            ema=join_vector(self.ema),
-            losses=torch.stack(losses).cpu().numpy(),
-            gradient_sum=join_vector(self.gradient_sum or [torch.empty(0)]),
+            parameters=vector(self.flat.values),
+            first_moment=vector(self.first_moment),
+            second_moment=vector(self.second_moment),
+            ema=vector(self.ema),
+            losses=_numbers(self.losses),
+            gradient_sum=_numbers([]) if self.gradient_sum is None else vector(self.gradient_sum),
         )
 
-    def resume(self, checkpoint: Checkpoint) -> list[torch.Tensor]:
-        load_vector(self.model, checkpoint.parameters)
-        _copy_into(self.ema, split_vector(self.model, checkpoint.ema))
-        if self.gradient_sum:
-            _copy_into(self.gradient_sum, split_vector(self.model, checkpoint.gradient_sum))
-        first = self._on_device(checkpoint.first_moment)
-        second = self._on_device(checkpoint.second_moment)
-        for parameter, m, v in zip(self.parameters, first, second, strict=True):
-            steps = torch.tensor(float(checkpoint.steps), device=parameter.device)
-            self.adamw.state[parameter] = {"step": steps, "exp_avg": m, "exp_avg_sq": v}
-        return list(torch.tensor(checkpoint.losses))
-
-    def result(self, losses: list[torch.Tensor]) -> TrainResult:
+    def result(self) -> TrainResult:
         mean_gradient = None
-        if self.gradient_sum:
-            mean_gradient = join_vector(self.gradient_sum) / np.float32(max(len(losses), 1))
-        per_step = torch.stack(losses).cpu().numpy() if losses else np.empty(0, dtype=np.float32)
-        return TrainResult(per_step, join_vector(self.ema), mean_gradient)
+        if self.gradient_sum is not None:
+            mean_gradient = self.flat.vector(self.gradient_sum / max(len(self.losses), 1))
+        self.flat.release()
+        return TrainResult(_numbers(self.losses), self.flat.vector(self.ema), mean_gradient)
 
-    def _on_device(self, vector: Vector) -> list[torch.Tensor]:
-        """`vector` cut up like the parameters, in their memory layout."""
-        copies = [torch.empty_like(p) for p in self.parameters]
-        _copy_into(copies, split_vector(self.model, vector))
-        return copies
+    def _number(self, value: int) -> torch.Tensor:
+        return torch.tensor([value], device=self.device)
 
 
 def learning_rate(step: int, optimizer: OptimizerSpec) -> float:
@@ -234,17 +240,33 @@ def learning_rate(step: int, optimizer: OptimizerSpec) -> float:
     return optimizer.learning_rate * min(1.0, (step + 1) / (optimizer.warmup_steps + 1))
 
 
-def _adamw(parameters: list[nn.Parameter], optimizer: OptimizerSpec) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
+def ema_decay(step: int, optimizer: OptimizerSpec) -> float:
+    """min(ema_decay, (1 + k)/(ema_ramp + k)) at step k.
+
+    Without the ramp the average keeps the random first weights for 1/(1 − ema_decay) steps, and
+    early samples are noise.
+    """
+    return min(optimizer.ema_decay, (1.0 + step) / (optimizer.ema_ramp + step))
 
 
-@torch.no_grad()
-def _copy_into(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+def _numbers(losses: list[torch.Tensor]) -> Vector:
+    return torch.stack(losses).cpu().numpy() if losses else np.empty(0, dtype=np.float32)
+
+
+def _share_of_batch(batch_size: int) -> tuple[int, slice]:
+    """Number of training processes, and the rows of each batch that are this one's."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1, slice(None)
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    if batch_size % processes:
+        raise ValueError(
+            f"batch_size = {batch_size} cannot be shared by {processes} processes: use a multiple"
+        )
+    return processes, slice(rank, None, processes)
+
+
+def _mean_over_processes(values: torch.Tensor, processes: int) -> torch.Tensor:
+    if processes > 1:
+        distributed.all_reduce(values)
+        values.div_(processes)
+    return values

@@ -18,11 +18,10 @@ from diffusion.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from diffusion.ema import ema_decay
 from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise, load_vector, to_vector
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
-from diffusion.training import TrainResult, learning_rate, train
+from diffusion.training import TrainResult, ema_decay, learning_rate, train
 
 OPTIMIZER = OptimizerSpec(batch_size=8, learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
 
@@ -205,7 +204,8 @@ def test_a_batch_is_a_function_of_its_step() -> None:
 def test_the_ema_ramps_up_and_follows_its_recurrence(
     model: nn.Module, images: np.ndarray, arguments: dict[str, Any]
 ) -> None:
-    assert [ema_decay(k, 0.9, 10.0) for k in (0, 8, 10_000)] == [0.1, 0.5, 0.9]
+    optimizer = OptimizerSpec(ema_decay=0.9, ema_ramp=10.0)
+    assert [ema_decay(k, optimizer) for k in (0, 8, 10_000)] == [0.1, 0.5, 0.9]
     start = to_vector(model)
     result = train(model, images, steps=1, **arguments)
     np.testing.assert_allclose(
