@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.aggregation import summed_moments
 from study.plan import Plan, load_plan
+from study.quantity import MomentsWork
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,20 +131,29 @@ def feature_dimension(network: str, sha256: str) -> int:
     return FEATURES
 
 
-def frechet_distance(machine: Machine, plan_text: str, model: Path, sums: Path) -> float:
-    """FID of fresh samples of the model against the silos' summed moments (.npz)."""
+def frechet_distance(
+    machine: Machine,
+    plan_text: str,
+    model: Path,
+    total: Path,
+    work: dict[str, Any],
+    silos: int,
+    summed: int,
+) -> float:
+    """FID of fresh samples of the model against the images of all silos, of which `total` is the
+    sum of moments over `summed` silos."""
     from diffusion.features.network import load_feature_network
-    from diffusion.frechet import Moments, fid, moments
+    from diffusion.frechet import fid, moments
 
     plan = load_plan(plan_text)
-    assert plan.evaluation is not None  # noqa: S101 - the runner asks only where there is one
+    if plan.evaluation is None:
+        raise ValueError("the plan has no [evaluation]")
     network = load_feature_network(plan.evaluation.feature_network)
     center = network.public_center().astype(np.float64)
-    drawn = _samples(
-        machine, plan, _load(plan, model), plan.evaluation.samples, first=_FIRST_MEASURED
-    )
-    with np.load(sums) as file:
-        real = Moments(int(file["count"]), file["total"], file["outer"], center)
+    asked = MomentsWork.model_validate(work)
+    real, _, _ = summed_moments(total.read_bytes(), asked, silos, summed, center)
+    images = plan.evaluation.samples
+    drawn = _samples(machine, plan, _load(plan, model), images, first=_FIRST_MEASURED)
     return fid(real, moments(network.extract(drawn), center))
 
 

@@ -136,6 +136,9 @@ class Studies:
     def __contains__(self, name: str) -> bool:
         return name in self._live
 
+    def of(self, name: str) -> LiveStudy:
+        return self._live[name]
+
     def get(self, name: str, site: str) -> LiveStudy:
         """The study, for a site of its roster. Raises NoSuchStudy or Denied; a site outside it
         is told the same, whether there is such a study or not."""

@@ -52,7 +52,10 @@ class Worker:
         )
 
     def close(self) -> None:
+        """End the child at once; the job it was at is done again after a restart."""
         if self._pool is not None:
+            for process in list(getattr(self._pool, "_processes", {}).values()):
+                process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 

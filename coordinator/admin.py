@@ -1,0 +1,268 @@
+"""What the command line does at the study centre. All of it goes to the store; a service that is
+running sees it within a second, and none has to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from coordinator import records, registry, schema
+from coordinator.authority import SITE_NAME, Authority
+from coordinator.config import Home, config_text, new_config
+from coordinator.records import StudyRow
+from coordinator.registry import Site
+from coordinator.store import Store, note
+from secagg.roster import Member, Roster
+from study.plan import load_plan
+
+
+class AdminError(Exception):
+    """What was asked cannot be done; the text says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class SiloStatus:
+    """One site of a study, as far as the study centre can see it."""
+
+    name: str
+    answer: str
+    """accepted, declined or waiting."""
+    last_contact: float | None
+    activity: str
+    step: int
+    steps: int
+    awaited: bool
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """One study at a glance."""
+
+    id: str
+    title: str
+    state: str
+    wanted: str
+    stage: str
+    error: str | None
+    round: int
+    """Rounds that are done."""
+    rounds: int
+    quantity: str
+    """What the session under way sums, or ""."""
+    phase: str
+    """Its step."""
+    awaited: tuple[str, ...]
+    present: int
+    """Silos that have answered this step."""
+    threshold: int
+    deadline: float | None
+    survivors: tuple[str, ...]
+    """Those in the last round's sum."""
+    loss: float | None
+    fid: float | None
+    corrections: int
+    silos: tuple[SiloStatus, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Status:
+    """All that a status page shows."""
+
+    address: str
+    sites: tuple[Site, ...]
+    studies: tuple[StudyStatus, ...]
+
+
+def init(home: Path, address: str, listen: str | None = None) -> str:
+    """Make the authority, the store and coordinator.toml; the authority's fingerprint.
+
+    `address` is the host:port that silos dial. Raises ConfigError, AuthorityError.
+    """
+    place = Home(home)
+    config = new_config(address, listen)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    authority = Authority.create(place.authority)
+    descriptor = os.open(place.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(config_text(config))
+    store = Store(place.database(config))
+    store.run(note, "coordinator.made", address=address, authority=authority.fingerprint)
+    store.close()
+    return authority.fingerprint
+
+
+def invite(home: Path, name: str, valid_hours: float = 72.0) -> str:
+    """A one-time token for a site. Raises RegistryError where it is enrolled already."""
+    if not re.fullmatch(SITE_NAME, name):
+        raise AdminError(
+            f"'{name}' is no site name: use lower-case letters, digits and hyphens, 63 at most"
+        )
+    if not 0 < valid_hours <= 24 * 90:
+        raise AdminError(f"valid_hours = {valid_hours}: use more than 0 and at most 90 days")
+    place = Home(home)
+    authority = Authority.load(place.authority)
+    token = secrets.token_hex(16)
+    made = authority.invitation(name, token, place.config().address, valid_hours)
+    with _store(place) as store:
+        store.run(registry.invite, name, token, made.expires.timestamp())
+    return made.encode()
+
+
+def pending(home: Path) -> list[Site]:
+    """The sites that wait for approval, with the fingerprints to compare."""
+    return [site for site in sites(home) if site.status == "pending"]
+
+
+def approve(home: Path, name: str) -> Site:
+    """Let a site in, after its fingerprint was compared. Raises RegistryError."""
+    with _store(Home(home)) as store:
+        return store.run(registry.approve, name)
+
+
+def revoke(home: Path, name: str) -> Site:
+    """Shut a site out at once. Raises RegistryError."""
+    with _store(Home(home)) as store:
+        return store.run(registry.revoke, name)
+
+
+def sites(home: Path) -> list[Site]:
+    """All sites, by name."""
+    with _store(Home(home)) as store:
+        return store.run(registry.all_sites)
+
+
+def start_study(home: Path, plan: Path, sites: Sequence[str] | None = None) -> str:
+    """Offer a study to the named sites, or to all that are approved; its id.
+
+    Raises PlanError, RegistryError, InvalidParameters.
+    """
+    agreed = load_plan(plan)
+    study = f"{agreed.study.name}-{secrets.token_hex(4)}"
+    with _store(Home(home)) as store:
+        chosen = store.run(registry.approved, sites)
+        quorum = agreed.validate_roster(len(chosen))
+        members = tuple(Member(site.name, site.identity or b"") for site in chosen)
+        roster = Roster(study, 1, quorum.threshold, quorum.colluders, members)
+        store.run(records.create_study, study, agreed.toml(), roster.encode(), roster.fingerprint)
+    return study
+
+
+def pause_study(home: Path, study: str) -> None:
+    """Open no further session; the one under way ends first. Raises NoSuchStudy."""
+    _want(home, study, "pause")
+
+
+def resume_study(home: Path, study: str) -> None:
+    """Go on with a paused study. Raises NoSuchStudy."""
+    _want(home, study, "run")
+
+
+def stop_study(home: Path, study: str) -> None:
+    """End a study for good; the session under way is given up. Raises NoSuchStudy."""
+    _want(home, study, "stop")
+
+
+def _want(home: Path, study: str, wanted: str) -> None:
+    with _store(Home(home)) as store:
+        row = store.run(records.study, study)
+        if row.over:
+            raise AdminError(f"study '{study}' is {row.state}: it cannot be changed any more")
+        if row.wanted == "stop":
+            raise AdminError(f"study '{study}' is being stopped: start it anew from its plan")
+        store.run(records.want, study, wanted)
+
+
+def list_studies(home: Path) -> list[StudyRow]:
+    """All studies, oldest first."""
+    with _store(Home(home)) as store:
+        return store.run(records.all_studies)
+
+
+def status(home: Path) -> Status:
+    """What is going on, as of the last second."""
+    place = Home(home)
+    with _store(place) as store:
+        return store.run(_status, place)
+
+
+def _status(c: Connection, place: Home) -> Status:
+    known = registry.all_sites(c)
+    by_name = {site.name: site for site in known}
+    studies = tuple(_study(c, place, row, by_name) for row in records.all_studies(c))
+    return Status(place.config().address, tuple(known), studies)
+
+
+def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) -> StudyStatus:
+    plan, roster = load_plan(row.plan), Roster.decode(row.roster)
+    results = records.results_of(c, row.id)
+    session = records.live_session(c, row.id)
+    awaited = tuple(json.loads(session.awaited)) if session else ()
+    done = sum(f"round {n:05} tidy" in results for n in range(1, plan.rounds.count + 1))
+    last = results.get(f"round {done:05} model", {})
+    fids = [v["fid"] for k, v in results.items() if k.endswith(" evaluation")]
+    return StudyStatus(
+        id=row.id,
+        title=plan.study.title,
+        state=row.state,
+        wanted=row.wanted,
+        stage=row.stage,
+        error=row.error,
+        round=done,
+        rounds=plan.rounds.count,
+        quantity=session.quantity if session else "",
+        phase=session.phase if session else "",
+        awaited=awaited,
+        present=session.present if session else 0,
+        threshold=roster.threshold,
+        deadline=session.deadline if session else None,
+        survivors=tuple(results.get(f"round {done:05} sum", {}).get("silos", ())),
+        loss=last.get("loss"),
+        fid=fids[-1] if fids else None,
+        corrections=sum(key.endswith(" corrected") for key in results),
+        silos=_silos(c, row.id, roster, known, awaited),
+        folder=place.study(row.id),
+    )
+
+
+def _silos(
+    c: Connection, study: str, roster: Roster, known: dict[str, Site], awaited: Sequence[str]
+) -> tuple[SiloStatus, ...]:
+    answers = records.answers_of(c, study)
+    query = select(schema.progress).where(schema.progress.c.study == study)
+    progress = {row.site: row for row in c.execute(query)}
+    found = []
+    for name in (member.name for member in roster.members):
+        said = answers.get(name)
+        now, site = progress.get(name), known.get(name)
+        fresh = now is not None and time.time() - now.at < 60
+        found.append(
+            SiloStatus(
+                name=name,
+                answer="waiting" if said is None else "accepted" if said[0] else "declined",
+                last_contact=site.last_contact if site else None,
+                activity=now.activity if now is not None and fresh else "",
+                step=now.step if now is not None and fresh else 0,
+                steps=now.steps if now is not None and fresh else 0,
+                awaited=name in awaited,
+            )
+        )
+    return tuple(found)
+
+
+@contextmanager
+def _store(place: Home) -> Iterator[Store]:
+    store = Store(place.database(place.config()))
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,383 @@
+"""A study from its start to its model; this file reads as the study runs.
+
+Each step's result is stored under a key before the next begins (`once`), so a coordinator that
+was restarted runs the same function again and finds what is done already done. Steps may thus run
+twice, never half: what they leave are artifacts, which are named by their content, and sums,
+which the silos' ledgers do not let happen twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from coordinator import jobs, records
+from coordinator.aggregation import aggregate, census_total
+from coordinator.config import Home
+from coordinator.jobs import Machine
+from coordinator.report import Report
+from coordinator.sessions import SessionEnd, Tools
+from coordinator.studies import LiveStudy
+from coordinator.summing import Asked, Stopped, StudyFailed, Summing
+from coordinator.union import collect_union
+from coordinator.worker import Worker
+from study.quantity import CensusWork, MomentsWork, RoundWork
+from study.strategies import RoundRecord
+
+log = structlog.get_logger()
+
+Json = dict[str, Any]
+_GRID, _FINAL_GRID = 40, 100
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+
+
+class Runner:
+    """Runs one study. `run` returns when the study is over."""
+
+    def __init__(
+        self,
+        home: Home,
+        tools: Tools,
+        worker: Worker,
+        machine: Machine,
+        live: LiveStudy,
+        absent_after: float,
+    ) -> None:
+        self._home, self._tools, self._worker, self._machine = home, tools, worker, machine
+        self._live, self._plan, self._text = live, live.plan, live.row.plan
+        self._summing = Summing(tools, live, absent_after)
+        self._report = Report(home.study(live.id), tools.store, live)
+        self._members: list[int] = []
+
+    async def run(self) -> None:
+        """Try until the study is finished, stopped or has failed for good."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._study()
+                return await self._over("finished")
+            except Stopped:
+                return await self._over("stopped")
+            except StudyFailed as error:
+                return await self._over("failed", str(error))
+            except Exception as error:
+                # A full disk, a worker that died, a store that is locked: what was done is kept,
+                # a person is told, and the step is tried again.
+                log.exception("study.error", study=self._live.id)
+                why = f"{type(error).__name__}: {error}; it is tried again by itself"
+                await self._tools.store.do(records.set_error, self._live.id, why)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _study(self) -> None:
+        await self.once("offer", self._offer)
+        await self._set_state("running")
+        census = await self.once("census", self._census)
+        self._members = [self._live.roster.index_of(name) for name in census["silos"]]
+        await self.once("moments", self._moments)
+        auxiliary = await self.once("auxiliary", self._auxiliary)
+        model = await self.once("first model", self._first_model)
+        for number in range(1, self._plan.rounds.count + 1):
+            model = await self._round(number, model, census["count"], auxiliary)
+            await self._report.write()
+        await self.once("end", lambda: self._end(model))
+        await self._report.write()
+
+    # --- before the rounds
+
+    async def _offer(self) -> Json:
+        """Wait until every site has answered, and start if enough of them accepted."""
+        live = self._live
+        await self._stage("waits for the sites' answers to the offer")
+        while len(live.answers) < live.roster.size:
+            await self._summing.may_go_on()
+            await live.bell.wait(60)
+        accepted = [m.name for m in live.roster.members if live.answers[m.name]]
+        if len(accepted) < live.roster.threshold:
+            said = await self._tools.store.do(records.answers_of, live.id)
+            rules = "; ".join(f"{site}: {rule}" for site, (yes, rule) in said.items() if not yes)
+            raise StudyFailed(
+                f"{len(accepted)} of {live.roster.size} sites accepted, the threshold is "
+                f"{live.roster.threshold} ({rules}): change the plan, or start it with other sites"
+            )
+        return {"accepted": accepted}
+
+    async def _census(self) -> Json:
+        """Σñ. Who is not in it has no weight, and rests until the next roster epoch."""
+        await self._stage("census")
+        live = self._live
+        members = [i for i in live.roster.indices if live.answers.get(live.roster.member(i).name)]
+        asked = Asked(CensusWork(), live.roster.epoch, members, patient=True)
+        end = await self._summing.sum(asked)
+        total = self._tools.artifacts.read(bytes.fromhex(end.sum))
+        count = census_total(total, live.roster.size)
+        if count == 0:
+            raise StudyFailed("the census counted no image at any site: check the sites' data")
+        return {"count": count, "silos": self._names(end.survivors), "session": asdict(end)}
+
+    async def _moments(self) -> Json:
+        """Σf and Σffᵀ of all real images under the plan's feature network."""
+        evaluation = self._plan.evaluation
+        if evaluation is None:
+            return {}
+        await self._stage("moments of the real images")
+        network, sha256 = evaluation.feature_network, evaluation.sha256
+        try:
+            dimension = await self._worker.run(jobs.feature_dimension, network, sha256)
+        except ValueError as error:
+            raise StudyFailed(str(error)) from error
+        census = await self._result("census")
+        work = MomentsWork(
+            total_count=census["count"],
+            network=network,
+            sha256=sha256,
+            dimension=dimension,
+            bound=max(1.0, evaluation.feature_bound, evaluation.feature_bound**2),
+        )
+        end = await self._summing.sum(Asked(work, self._live.roster.epoch, self._members))
+        return {
+            "sum": end.sum,
+            "work": work.model_dump(),
+            "silos": self._names(end.survivors),
+            "session": asdict(end),
+        }
+
+    async def _auxiliary(self) -> Json:
+        """The anonymous union of synthetic images (DESIGN §5), where the strategy corrects."""
+        correction = self._plan.strategy.correction
+        if correction is None:
+            return {}
+        await self._stage("auxiliary set")
+        census = await self._result("census")
+        union = await collect_union(
+            self._tools, self._summing, self._live, self._members, census["count"], self.once
+        )
+        return union
+
+    async def _first_model(self) -> Json:
+        await self._stage("first model")
+        out = self._scratch("first.f32")
+        sizes = await self._worker.run(jobs.first_model, self._text, out)
+        model = await self._keep_model(out)
+        clips = [_float32(self._plan.rounds.first_clip)] * len(sizes)
+        return {"model": model.hex(), "sizes": sizes, "clips": clips, "state": None}
+
+    # --- one round
+
+    async def _round(self, number: int, model: Json, count: int, auxiliary: Json) -> Json:
+        """Sum, aggregate, perhaps correct, show, measure."""
+        key = f"round {number:05}"
+        work = RoundWork(
+            total_count=count, sizes=tuple(model["sizes"]), clips=tuple(model["clips"])
+        )
+        await self._stage(f"round {number} of {self._plan.rounds.count}")
+        end = await self.once(f"{key} sum", lambda: self._sum_round(number, model, work))
+        step = await self.once(f"{key} model", lambda: self._aggregate(number, model, work, end))
+        if auxiliary:
+            decision = await self.once(
+                f"{key} decision", lambda: self._decide(number, step, auxiliary)
+            )
+            if decision["correct"]:
+                step = await self.once(
+                    f"{key} corrected", lambda: self._correct(number, step, auxiliary)
+                )
+        await self.once(f"{key} grid", lambda: self._grid(number, step))
+        if self._is_evaluated(number):
+            await self.once(f"{key} evaluation", lambda: self._evaluate(step))
+        await self.once(f"{key} tidy", lambda: self._tidy(model, step))
+        return step
+
+    async def _sum_round(self, number: int, model: Json, work: RoundWork) -> Json:
+        sha256 = bytes.fromhex(model["model"])
+        asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256])
+        end: SessionEnd = await self._summing.sum(asked)
+        return {"silos": self._names(end.survivors), "session": asdict(end)}
+
+    async def _aggregate(self, number: int, model: Json, work: RoundWork, end: Json) -> Json:
+        state = bytes.fromhex(model["state"]) if model["state"] else None
+        step = await asyncio.to_thread(
+            aggregate,
+            self._tools.artifacts,
+            self._plan,
+            work,
+            self._live.roster.size,
+            round=number,
+            model=bytes.fromhex(model["model"]),
+            state=state,
+            total=bytes.fromhex(end["session"]["sum"]),
+        )
+        if step.model.hex() == model["model"]:
+            raise StudyFailed(
+                f"round {number} changed nothing (the deltas of {step.faults} silos were not "
+                "finite): lower optimizer.learning_rate in the plan and start anew"
+            )
+        await self._publish(step.model)
+        numbers = {k: getattr(step, k) for k in ("clips", "loss", "saturated", "faults", "moved")}
+        return {
+            "model": step.model.hex(),
+            "state": step.state.hex(),
+            "sizes": model["sizes"],
+            **numbers,
+        }
+
+    async def _decide(self, number: int, step: Json, auxiliary: Json) -> Json:
+        """Measure the aggregate on images that no correction sees, and ask the strategy."""
+        path = self._tools.artifacts.path
+        loss = await self._worker.run(
+            jobs.held_out_loss,
+            self._machine,
+            self._text,
+            path(bytes.fromhex(step["model"])),
+            path(bytes.fromhex(auxiliary["held_out"])),
+        )
+        history = [*await self._history(number), RoundRecord(number, loss)]
+        decision = self._plan.strategy.decide(history)
+        log.info("decision", study=self._live.id, round=number, **asdict(decision))
+        return {"loss": loss, **asdict(decision)}
+
+    async def _history(self, number: int) -> list[RoundRecord]:
+        results = await self._tools.store.do(records.results_of, self._live.id)
+        history = []
+        for earlier in range(1, number):
+            decision = results[f"round {earlier:05} decision"]
+            after = results.get(f"round {earlier:05} corrected", {}).get("loss_after")
+            history.append(RoundRecord(earlier, decision["loss"], after, decision["correct"]))
+        return history
+
+    async def _correct(self, number: int, step: Json, auxiliary: Json) -> Json:
+        """K steps on the auxiliary images, and the held-out loss after them."""
+        correction = self._plan.strategy.correction
+        assert correction is not None  # noqa: S101 - decided by the same strategy
+        await self._stage(f"round {number} of {self._plan.rounds.count}: correction")
+        path, out = self._tools.artifacts.path, self._scratch("corrected.f32")
+        training = await self._worker.run(
+            jobs.correct,
+            self._machine,
+            self._text,
+            path(bytes.fromhex(step["model"])),
+            path(bytes.fromhex(auxiliary["training"])),
+            correction.steps,
+            correction.learning_rate,
+            number,
+            out,
+        )
+        model = await self._keep_model(out)
+        held_out = path(bytes.fromhex(auxiliary["held_out"]))
+        after = await self._worker.run(
+            jobs.held_out_loss, self._machine, self._text, path(model), held_out
+        )
+        changed = {"model": model.hex(), "training_loss": training, "loss_after": after}
+        return {**step, **changed}
+
+    async def _grid(self, number: int, step: Json) -> Json:
+        png = self._home.study(self._live.id) / "grids" / f"round-{number:03}.png"
+        await self._draw(step, _GRID, png)
+        return {"grid": f"grids/{png.name}"}
+
+    def _is_evaluated(self, number: int) -> bool:
+        evaluation = self._plan.evaluation
+        last = number == self._plan.rounds.count
+        return evaluation is not None and (last or number % evaluation.every == 0)
+
+    async def _evaluate(self, step: Json) -> Json:
+        """FID of the global model against the distribution of all silos' images."""
+        moments = await self._result("moments")
+        total = self._tools.artifacts.path(bytes.fromhex(moments["sum"]))
+        model = self._tools.artifacts.path(bytes.fromhex(step["model"]))
+        fid = await self._worker.run(
+            jobs.frechet_distance,
+            self._machine,
+            self._text,
+            model,
+            total,
+            moments["work"],
+            self._live.roster.size,
+            len(moments["silos"]),
+        )
+        evaluation = self._plan.evaluation
+        assert evaluation is not None  # noqa: S101 - `_is_evaluated`
+        return {"fid": fid, "samples": evaluation.samples, "network": evaluation.feature_network}
+
+    async def _tidy(self, before: Json, after: Json) -> Json:
+        """Drop what no later step reads; the input of this round stays until the next is done."""
+        keep = {bytes.fromhex(m[key]) for m in (before, after) for key in ("model",)}
+        gone = await self._tools.store.do(records.forget_artifacts, self._live.id, "model", keep)
+        for sha256 in gone:
+            await asyncio.to_thread(self._tools.artifacts.remove, sha256)
+        return {"dropped": len(gone)}
+
+    # --- the end
+
+    async def _end(self, model: Json) -> Json:
+        await self._stage("final model and samples")
+        folder = self._home.study(self._live.id)
+        path = self._tools.artifacts.path(bytes.fromhex(model["model"]))
+        await self._worker.run(jobs.write_pipeline, self._text, path, folder / "model")
+        await self._draw(model, _FINAL_GRID, folder / "samples.png")
+        return {"model": model["model"]}
+
+    async def _draw(self, model: Json, images: int, png: Path) -> None:
+        path = self._tools.artifacts.path(bytes.fromhex(model["model"]))
+        await self._worker.run(jobs.draw_grid, self._machine, self._text, path, images, png)
+
+    # --- what every step needs
+
+    async def once(self, key: str, step: Callable[[], Awaitable[Json]]) -> Json:
+        """The stored result of a step, or that of running it now, stored."""
+        found = await self._result(key)
+        if found is not None:
+            return found
+        await self._summing.may_go_on()
+        started = time.time()
+        result = await step()
+        result["seconds"] = round(time.time() - started, 3)
+        await self._tools.store.do(records.put_result, self._live.id, key, result)
+        return result
+
+    async def _result(self, key: str) -> Any:
+        return await self._tools.store.do(records.result, self._live.id, key)
+
+    async def _stage(self, stage: str) -> None:
+        await self._tools.store.do(records.set_stage, self._live.id, stage)
+        log.info("study.stage", study=self._live.id, stage=stage)
+
+    async def _set_state(self, state: str) -> None:
+        await self._tools.store.do(records.set_state, self._live.id, state)
+        self._live.row = await self._tools.store.do(records.study, self._live.id)
+
+    async def _over(self, state: str, error: str | None = None) -> None:
+        await self._tools.store.do(records.set_state, self._live.id, state, error)
+        self._live.row = await self._tools.store.do(records.study, self._live.id)
+        log.info("study.over", study=self._live.id, state=state, error=error)
+        await self._report.write()
+        self._live.bell.ring()
+
+    async def _keep_model(self, file: Path) -> bytes:
+        sha256 = await asyncio.to_thread(self._tools.artifacts.adopt, file)
+        await self._publish(sha256)
+        return sha256
+
+    async def _publish(self, sha256: bytes) -> None:
+        """Let the silos have a model."""
+        size = self._tools.artifacts.path(sha256).stat().st_size
+        await self._tools.store.do(
+            records.record_artifact, self._live.id, sha256, "model", size, published=True
+        )
+        await self._tools.store.do(records.set_model, self._live.id, sha256)
+
+    def _scratch(self, name: str) -> Path:
+        return self._home.scratch / f"{self._live.id}-{name}"
+
+    def _names(self, indices: tuple[int, ...]) -> list[str]:
+        return [self._live.roster.member(i).name for i in indices]
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))

@@ -1,0 +1,228 @@
+"""The service: one port, one event loop, one runner per study that is not over."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc.aio import Server
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from coordinator import contacts as signs_of_life
+from coordinator import records, registry
+from coordinator.artifacts import Artifacts
+from coordinator.authority import Authority
+from coordinator.config import CoordinatorConfig, Home
+from coordinator.contacts import Contacts
+from coordinator.door import Door
+from coordinator.enrolment import EnrolmentService
+from coordinator.jobs import Machine
+from coordinator.runner import Runner
+from coordinator.service import CoordinationService
+from coordinator.sessions import Tools
+from coordinator.spool import Spool
+from coordinator.store import Store
+from coordinator.studies import LiveStudy, Studies
+from coordinator.worker import Worker
+from protos.v1.coordination_pb2_grpc import add_CoordinationServicer_to_server
+from protos.v1.enrolment_pb2_grpc import add_EnrolmentServicer_to_server
+
+log = structlog.get_logger()
+
+# How soon the service sees what the command line wrote: approvals, revocations, studies.
+_LOOK_EVERY = 0.5
+_GRACE = 3.0
+
+_OPTIONS: list[tuple[str, Any]] = [
+    # Two services on one port would each get half of the silos' connections.
+    ("grpc.so_reuseport", 0),
+    # Silos ping every 60 s or more through NAT; a server that finds this too often hangs up.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A peer that vanished without a word is noticed, and its long poll closed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class ServerError(Exception):
+    """The service cannot start; the text says why, and what to do."""
+
+
+class CoordinatorServer:
+    """The coordinator of `home`: `start`, then `stop`; or `serve` for both, with signals."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = Home(home)
+        self._config = self._home.config()
+        self._authority = Authority.load(self._home.authority)
+        self._lock = _exclusive(home)
+        self._lock.__enter__()
+        shutil.rmtree(self._home.scratch, ignore_errors=True)
+        self._home.scratch.mkdir()
+        self._store = Store(self._home.database(self._config))
+        self._contacts = Contacts()
+        self._tools = Tools(
+            self._store,
+            Spool(self._home.spool),
+            Artifacts(self._home.artifacts),
+            self._contacts,
+        )
+        self._door, self._studies, self._worker = Door(self._contacts), Studies(), Worker()
+        largest = self._config.largest_vector
+        self._service = CoordinationService(self._tools, self._door, self._studies, largest)
+        self._server: Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Bind and serve. Raises ServerError where the port cannot be had."""
+        await self._look()
+        server = grpc.aio.server(options=_OPTIONS)
+        add_CoordinationServicer_to_server(self._service, server)
+        enrolment = EnrolmentService(self._store, self._authority, self._door)
+        add_EnrolmentServicer_to_server(enrolment, server)
+        await _add_health(server)
+        bind = self._config.bind
+        try:
+            server.add_secure_port(bind, self._credentials())
+        except RuntimeError as error:
+            raise ServerError(
+                f"cannot listen on {bind}: another program has the port, or the address is not "
+                f"this machine's ({error}). End the other program, or set `listen` in "
+                f"{self._home.config_file}"
+            ) from error
+        await server.start()
+        self._server = server
+        self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
+        log.info("coordinator.started", listen=bind, address=self._config.address)
+
+    async def stop(self, grace: float = _GRACE) -> None:
+        """Let open calls end, stop the runners, close the store. Everything goes on from where
+        it was when the service starts again."""
+        self._service.closing = True
+        self._studies.wake()
+        if self._server is not None:
+            await self._server.stop(grace)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._worker.close()
+        await self._store.do(signs_of_life.record, self._contacts.take())
+        self._store.close()
+        self._lock.__exit__(None, None, None)
+        log.info("coordinator.stopped")
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        """mTLS: every client shows a certificate of our authority, an invitation's or a silo's.
+
+        The server's own certificate is made anew before it expires, without a restart.
+        """
+        trusted, host = self._authority.pem, self._config.host
+        known = self._authority.server_credentials(host)
+
+        def configuration() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal known
+            fresh = self._authority.server_credentials(host)
+            if fresh == known:
+                return None
+            known = fresh
+            return grpc.ssl_server_certificate_configuration([fresh], trusted)
+
+        return grpc.dynamic_ssl_server_credentials(
+            grpc.ssl_server_certificate_configuration([known], trusted),
+            configuration,
+            require_client_authentication=True,
+        )
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            try:
+                await self._look()
+            except Exception:
+                log.exception("store.unreadable")
+
+    async def _look(self) -> None:
+        """See what the command line changed, and write down who is in contact."""
+        await self._store.do(signs_of_life.record, self._contacts.take())
+        if self._door.admit(await self._store.do(registry.admitted)):
+            self._studies.wake()
+        for row in await self._store.do(records.all_studies):
+            if row.id not in self._studies:
+                self._take_up(row)
+                continue
+            live = self._studies.of(row.id)
+            if live.row.wanted != row.wanted:
+                live.row = row
+                live.bell.ring()
+
+    def _take_up(self, row: records.StudyRow) -> None:
+        live = LiveStudy.load(self._store, row)
+        self._studies.add(live)
+        if row.over:
+            return
+        config = self._config
+        machine = Machine(config.device, config.worker_threads)
+        runner = Runner(self._home, self._tools, self._worker, machine, live, config.absent_after)
+        self._tasks.append(asyncio.create_task(runner.run(), name=f"run {row.id}"))
+
+
+async def serve(home: Path) -> None:
+    """Run the coordinator until SIGTERM or SIGINT.
+
+    Raises ConfigError, AuthorityError, StoreError or ServerError; the text of each says what to do.
+    """
+    configure_logging(Home(home).config())
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    server = CoordinatorServer(home)
+    try:
+        await server.start()
+        await ended.wait()
+    finally:
+        await server.stop()
+
+
+def configure_logging(config: CoordinatorConfig) -> None:
+    """One line per event, for people or as JSON."""
+    renderer: Any = structlog.processors.JSONRenderer()
+    if config.log == "console":
+        renderer = structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+
+
+async def _add_health(server: Server) -> None:
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextmanager
+def _exclusive(home: Path) -> Iterator[None]:
+    """One service per folder: two would answer the silos of one session differently."""
+    with open(home / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ServerError(f"another coordinator is running in {home}: stop it first") from error
+        yield

@@ -1,0 +1,139 @@
+"""The auxiliary set: synthetic images of all silos in one anonymous union, by two secure sums.
+
+The second sum must be over the very silos of the first, or both are void: then fresh samples are
+reserved anew. The last attempt goes without the silos that vanished in an earlier one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator import records
+from coordinator.sessions import SessionEnd, Tools
+from coordinator.studies import LiveStudy
+from coordinator.summing import Asked, StudyFailed, Summing
+from secagg.masking import DTYPES
+from study.quantity import ImagesWork, TagsWork
+from study.reservation import collect, renumber
+
+Json = dict[str, Any]
+Once = Callable[[str, Callable[[], Awaitable[Json]]], Awaitable[Json]]
+
+
+async def collect_union(
+    tools: Tools,
+    summing: Summing,
+    live: LiveStudy,
+    members: Sequence[int],
+    count: int,
+    once: Once,
+) -> Json:
+    """{training, held_out}: artifacts (.npy, uint8 [n, c, h, w]), and how many images each has.
+
+    Raises StudyFailed where the attempts that the plan allows are used up.
+    """
+    plan = live.plan.auxiliary
+    assert plan is not None  # noqa: S101 - a plan that corrects has [auxiliary]
+    slots = plan.images * plan.slots_per_image
+    vanished: set[int] = set()
+    for attempt in range(1, plan.max_attempts + 1):
+        asked = set(members)
+        if attempt == plan.max_attempts and len(asked - vanished) >= live.roster.threshold:
+            asked -= vanished
+        tags_work = TagsWork(total_count=count, images=plan.images, slots=slots)
+        tags = await once(
+            f"tags {attempt}",
+            partial(_sum_tags, tools, summing, live, Asked(tags_work, attempt, asked)),
+        )
+        images = await once(
+            f"images {attempt}",
+            partial(_sum_images, summing, live, attempt, tags),
+        )
+        if images["session"]["kind"] == "summed":
+            return await asyncio.to_thread(_split, tools, live, images)
+        vanished |= set(images["session"]["missing"])
+        await tools.store.do(records.set_error, live.id, images["session"]["why"])
+    raise StudyFailed(
+        f"the auxiliary set could not be united in {plan.max_attempts} attempts; silos that were "
+        f"missing: {live.roster.names(sorted(vanished))}. Start the study anew without them, or "
+        "with longer deadlines"
+    )
+
+
+async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Asked) -> Json:
+    end = await summing.sum(asked)
+    sha256 = bytes.fromhex(end.sum)
+    total = np.frombuffer(tools.artifacts.read(sha256), dtype=DTYPES[32])
+    occupied = len(renumber(total))
+    if occupied == 0:
+        raise StudyFailed(
+            "no silo offered a synthetic image: the audit dropped all of them, or auxiliary.images "
+            "is too small for the sites' shares; see the sites' logs"
+        )
+    await tools.store.do(
+        records.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
+    )
+    return {"occupied": occupied, "session": asdict(end)}
+
+
+async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Json) -> Json:
+    total = tags["session"]["sum"]
+    survivors = tuple(tags["session"]["survivors"])
+    work = ImagesWork(
+        tags=total,
+        occupied=tags["occupied"],
+        record_size=1 + math.prod(live.plan.data.shape),
+    )
+    sha256 = bytes.fromhex(total)
+    end: SessionEnd = await summing.sum(
+        Asked(
+            work,
+            attempt,
+            survivors,
+            reservation=sha256,
+            survivors=survivors,
+            artifacts=[sha256],
+            once=True,
+        )
+    )
+    return {"session": asdict(end)}
+
+
+def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:
+    """The union, cut into images to correct on and images that only the trigger sees.
+
+    The order of the union is that of random slots, so any cut is a random one.
+    """
+    correction = live.plan.strategy.correction
+    assert correction is not None  # noqa: S101 - the runner asks only then
+    total = np.frombuffer(
+        tools.artifacts.read(bytes.fromhex(images["session"]["sum"])), dtype=np.uint8
+    )
+    union = collect(total, live.plan.data.shape)
+    held = max(1, round(len(union) * correction.held_out))
+    if len(union) <= held:
+        raise StudyFailed(
+            f"the union holds {len(union)} images, too few to hold {held} out: raise "
+            "auxiliary.images in the plan"
+        )
+    return {
+        "training": tools.artifacts.put(_npy(union[held:])).hex(),
+        "held_out": tools.artifacts.put(_npy(union[:held])).hex(),
+        "images": len(union),
+        "held_out_images": held,
+    }
+
+
+def _npy(images: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.ascontiguousarray(images))
+    return content.getvalue()
