@@ -109,14 +109,16 @@ class LedgerFile:
     def _read_record(self, content: bytes, at: int) -> int | None:
         """Where the record at `at` ends, or None where the whole records end."""
         header = content[at : at + _HEADER]
-        if len(header) < _HEADER or (not any(header) and not any(content[at:])):
+        if len(header) < _HEADER:
             return None
+        # A file system may have grown the file before it wrote the bytes; no chain is all zeros.
         length = int.from_bytes(header[:4], "big")
         if header[4:] != _header_check(header[:4]) or length > _MAX_ENTRY:
-            raise self._damaged(at)
+            if any(content[at + _HEADER :]):
+                raise self._damaged(at)
+            return None
         end = at + _HEADER + length + _CHAIN
         chain = content[end - _CHAIN : end]
-        # A file system may have grown the file before it wrote the bytes; no chain is all zeros.
         if end > len(content) or (end == len(content) and not any(chain)):
             return None
         encoded = content[at + _HEADER : end - _CHAIN]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-import numpy as np
-
 from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
 from secagg.context import NO_HASH, SessionContext
@@ -152,7 +150,7 @@ def _check_images(work: ImagesWork, plan: Plan) -> int:
 def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
     if sum(work.sizes) != parameter_count(plan.model):
         raise ValueError(f"round {round}: {sum(work.sizes)} parameters are not the plan's model")
-    first = float(np.float32(plan.rounds.first_clip))
+    first = plan.first_clip
     if round == 1 and any(clip != first for clip in work.clips):
         raise ValueError(f"round 1: the clips are not the plan's first_clip = {first}")
 

@@ -1,0 +1,139 @@
+"""The site policy: each rule, by its name, and who decides what it does not forbid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffusion.model import build_model
+from diffusion.spec import ModelSpec
+from secagg.roster import Member, Roster
+from silo.config import Approval, Data, Policy, SiloConfig, Site
+from silo.files import write_file
+from silo.home import SiloHome, StudyHome
+from silo.model_size import parameter_count
+from silo.offers import BadOffer, Terms, decide, parse_terms, pin, record
+from silo.policy import check_study
+from tests.silo.studies import make_plan, make_roster
+
+PLAN = make_plan()
+ROSTER, KEYS = make_roster(PLAN)
+IDENTITY = KEYS[0].public_key().public_bytes_raw()
+
+
+def broken(policy: Policy, plan: object = PLAN, roster: Roster = ROSTER) -> str:
+    declined = check_study(policy, plan, roster, site="site-1", identity=IDENTITY)  # type: ignore[arg-type]
+    return declined.rule if declined else ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [
+        (Policy(), ""),
+        (Policy(smallest_silos=5), "smallest_silos"),
+        (Policy(smallest_threshold=4), "smallest_threshold"),
+        (Policy(largest_rounds=2), "largest_rounds"),
+        (Policy(largest_model=100), "largest_model"),
+        (Policy(auxiliary_samples=False), "auxiliary_samples"),
+        (Policy(purposes=("census", "round")), "purposes"),
+        (Policy(feature_networks=("fashion-mnist",)), "feature_networks"),
+    ],
+)
+def test_the_first_broken_rule_is_named(policy: Policy, rule: str) -> None:
+    assert broken(policy) == rule
+
+
+def test_a_roster_without_this_site_or_with_another_key_is_declined() -> None:
+    others = replace(ROSTER, members=(*ROSTER.members[1:], Member("site-9", bytes(31) + b"\1")))
+    assert broken(Policy(), roster=others) == "roster"
+    forged = replace(ROSTER, members=(Member("site-1", bytes(31) + b"\2"), *ROSTER.members[1:]))
+    assert broken(Policy(), roster=forged) == "roster"
+
+
+def test_a_threshold_other_than_the_plan_s_is_declined() -> None:
+    assert broken(Policy(), roster=replace(ROSTER, colluders=0)) == "roster"
+
+
+def test_the_sentence_says_what_is_asked_and_what_is_allowed() -> None:
+    declined = check_study(Policy(largest_rounds=2), PLAN, ROSTER, site="site-1", identity=IDENTITY)
+    assert str(declined) == "declined by site policy: largest_rounds: 3 rounds, at most 2"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ModelSpec(image_size=8, block_out_channels=(32, 64), attention=(False, True)),
+        ModelSpec(
+            image_size=16,
+            channels=3,
+            block_out_channels=(64, 32, 96),
+            attention=(True, False, True),
+            layers_per_block=3,
+            mid_attention=False,
+        ),
+    ],
+)
+def test_parameters_are_counted_as_the_model_has_them(spec: ModelSpec) -> None:
+    assert parameter_count(spec) == sum(p.numel() for p in build_model(spec).parameters())
+
+
+# --- decisions
+
+
+def config(**approval: bool) -> SiloConfig:
+    return SiloConfig(site=Site(name="site-1"), data=Data(path="x"), approval=Approval(**approval))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyHome:
+    return SiloHome(tmp_path).study("trial")
+
+
+def test_a_person_decides_unless_the_site_says_otherwise(study: StudyHome) -> None:
+    terms = Terms(PLAN, ROSTER)
+    assert decide(study, terms, config(), IDENTITY) is None
+    record(study, terms, accepted=True)
+    decision = decide(study, terms, config(), IDENTITY)
+    assert decision is not None
+    assert decision.accepted
+
+
+def test_automatic_approval_is_for_the_first_terms_only(study: StudyHome) -> None:
+    terms = Terms(PLAN, ROSTER)
+    first = decide(study, terms, config(automatic=True), IDENTITY)
+    assert first is not None
+    assert first.accepted
+    pin(study, terms)
+    grown = Terms(PLAN, replace(ROSTER, epoch=2))
+    assert decide(study, grown, config(automatic=True), IDENTITY) is None
+    changed = Terms(make_plan("count = 3", "count = 4"), replace(ROSTER, epoch=2))
+    assert decide(study, changed, config(automatic=True), IDENTITY) is None
+
+
+def test_a_roster_never_rolls_back(study: StudyHome) -> None:
+    pin(study, Terms(PLAN, replace(ROSTER, epoch=2)))
+    decision = decide(study, Terms(PLAN, ROSTER), config(automatic=True), IDENTITY)
+    assert decision is not None
+    assert not decision.accepted
+    assert "older" in decision.rule
+
+
+def test_the_policy_declines_before_anybody_is_asked(study: StudyHome) -> None:
+    strict = config().model_copy(update={"policy": Policy(largest_rounds=1)})
+    decision = decide(study, Terms(PLAN, ROSTER), strict, IDENTITY)
+    assert decision is not None
+    assert decision.rule == "largest_rounds: 3 rounds, at most 1"
+
+
+def test_an_offer_that_is_not_what_it_says_is_refused(study: StudyHome) -> None:
+    plan, roster = PLAN.toml(), ROSTER.encode()
+    assert parse_terms("trial", plan, roster) == Terms(PLAN, ROSTER)
+    with pytest.raises(BadOffer, match="roster of 'trial'"):
+        parse_terms("other", plan, roster)
+    with pytest.raises(BadOffer, match="canonical"):
+        parse_terms("trial", plan + "\n", roster)
+    with pytest.raises(BadOffer, match="too many at the end"):
+        parse_terms("trial", plan, roster + b"x")
+    write_file(study.plan, b"")

@@ -1,0 +1,140 @@
+"""A session's context is computed here; one that differs in any field is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields, replace
+
+import pytest
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.certificate import Certificate
+from secagg.context import Quantity, SessionContext
+from secagg.messages import Confirm, Signed, Step
+from silo.errors import ProposalRefused
+from silo.model_size import parameter_count
+from silo.proposal import Pinned, check_open
+from study.quantity import (
+    CensusWork,
+    ImagesWork,
+    MomentsWork,
+    RoundWork,
+    TagsWork,
+    Work,
+    encode_work,
+    session_context,
+)
+from tests.silo.studies import make_plan, make_roster
+
+PLAN = make_plan()
+ROSTER, KEYS = make_roster(PLAN)
+PURPOSES = ("census", "moments", "tags", "images", "round")
+MODEL = hashlib.sha256(b"model").digest()
+PREVIOUS = hashlib.sha256(b"previous").digest()
+SUM = hashlib.sha256(b"sum of tags")
+CLIP = PLAN.first_clip
+ROUND = RoundWork(total_count=400, sizes=(parameter_count(PLAN.model),), clips=(CLIP,))
+TAGS = TagsWork(total_count=400, images=24, slots=192)
+IMAGES = ImagesWork(tags=SUM.hexdigest(), occupied=20, record_size=65)
+MOMENTS = MomentsWork(total_count=400, network="digits", sha256="ab" * 32, dimension=64, bound=36.0)
+
+
+def certificate() -> Certificate:
+    body = Confirm(bytes(32), (1, 2, 4), bytes(32)).encode()
+    return Certificate(Step.CONFIRM, bytes(32), (Signed(Step.CONFIRM, 1, body, bytes(64)),))
+
+
+PINNED = Pinned(PLAN, ROSTER, PURPOSES, PREVIOUS, {1: certificate()})
+
+
+def context_of(work: Work, round: int = 1, session: int = 5) -> SessionContext:
+    images, training = isinstance(work, ImagesWork), isinstance(work, RoundWork)
+    return session_context(
+        ROSTER,
+        PLAN.digest(),
+        PLAN.secure_sum.ring,
+        work,
+        session=session,
+        round=round,
+        model=MODEL if training else bytes(32),
+        reservation=SUM.digest() if images else bytes(32),
+        survivors=(1, 2, 4) if images else (),
+        previous=PREVIOUS,
+    )
+
+
+def proposed(work: Work, context: SessionContext) -> pb.Open:
+    artifacts = [MODEL] if isinstance(work, RoundWork) else []
+    return pb.Open(context=context.encode(), work=encode_work(work), artifacts=artifacts)
+
+
+@pytest.mark.parametrize("work", [CensusWork(), MOMENTS, TAGS, IMAGES, ROUND], ids=PURPOSES)
+def test_what_was_agreed_is_taken_part_in(work: Work) -> None:
+    context = context_of(work)
+    proposal = check_open(5, proposed(work, context), PINNED)
+    assert (proposal.context, proposal.work) == (context, work)
+
+
+ALTERED: dict[str, object] = {
+    "study": "other",
+    "epoch": 2,
+    "roster": bytes(32),
+    "silos": 5,
+    "threshold": 4,
+    "colluders": 0,
+    "session": 6,
+    "quantity": Quantity("tags", 1),
+    "plan": bytes(32),
+    "model": bytes(32),
+    "ring": 32,
+    "length": 17,
+    "encoding": bytes(32),
+    "reservation": MODEL,
+    "survivors": (1, 2, 3),
+    "previous": bytes(32),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SessionContext)])
+def test_a_context_that_differs_in_one_field_is_refused(name: str) -> None:
+    context = replace(context_of(ROUND), **{name: ALTERED[name]})  # type: ignore[arg-type]
+    with pytest.raises(ProposalRefused, match=rf"\b{name} is "):
+        check_open(5, proposed(ROUND, context), PINNED)
+
+
+@pytest.mark.parametrize(
+    ("work", "round", "said"),
+    [
+        (ROUND, 4, "round 4: the plan has 1 to 3"),
+        (CensusWork(), 2, "census 2: the plan has 1 to 1"),
+        (TAGS, 3, "tags 3: the plan has 1 to 2"),
+        (IMAGES, 2, "no sum of tags 2 with this site"),
+        (ROUND.model_copy(update={"clips": (0.5,)}), 1, "not the plan's first_clip"),
+        (ROUND.model_copy(update={"sizes": (9,)}), 1, "9 parameters are not the plan's model"),
+        (TAGS.model_copy(update={"images": 25}), 1, "25 synthetic images"),
+        (TAGS.model_copy(update={"slots": 193}), 1, "193 slots"),
+        (IMAGES.model_copy(update={"record_size": 66}), 1, "records of 66 bytes"),
+        (MOMENTS.model_copy(update={"sha256": "cd" * 32}), 1, "network 'digits' is not the plan's"),
+    ],
+)
+def test_work_beyond_the_plan_is_refused(work: Work, round: int, said: str) -> None:
+    with pytest.raises(ProposalRefused, match=said):
+        check_open(5, proposed(work, context_of(work, round)), PINNED)
+
+
+def test_what_the_policy_withholds_and_what_cannot_be_parsed_is_refused() -> None:
+    few = replace(PINNED, purposes=("census",))
+    with pytest.raises(ProposalRefused, match="round: the site policy"):
+        check_open(5, proposed(ROUND, context_of(ROUND)), few)
+    message = proposed(ROUND, context_of(ROUND))
+    message.context += b"x"
+    with pytest.raises(ProposalRefused, match="too many at the end"):
+        check_open(5, message, PINNED)
+    message = proposed(ROUND, context_of(ROUND))
+    message.work = message.work.replace(b"{", b"{ ", 1)
+    with pytest.raises(ProposalRefused, match="not canonical"):
+        check_open(5, message, PINNED)
+    message = proposed(ROUND, context_of(ROUND))
+    message.artifacts.append(bytes(32))
+    with pytest.raises(ProposalRefused, match="2 artifacts"):
+        check_open(5, message, PINNED)
