@@ -4,15 +4,19 @@ file each.
 
 from kernels.adamw_ema import adamw_ema_
 from kernels.ddpm_loss import ddpm_loss
+from kernels.group_norm_silu import group_norm_silu
 from kernels.noise import derive_key, normal, timesteps, uniform
 from kernels.q_sample import add_noise, q_sample
 from kernels.sampler_step import sampler_step
+from kernels.unet import apply_to_unet
 
 __all__ = [
     "adamw_ema_",
     "add_noise",
+    "apply_to_unet",
     "ddpm_loss",
     "derive_key",
+    "group_norm_silu",
     "normal",
     "q_sample",
     "sampler_step",

@@ -41,6 +41,7 @@ class Case:
 def cases() -> dict[str, Case]:
     from kernels.adamw_ema import _adamw_ema_kernel
     from kernels.ddpm_loss import _finish_kernel, _residual_kernel
+    from kernels.group_norm_silu import _backward_kernel, _forward_kernel
     from kernels.noise import _normal_kernel
     from kernels.q_sample import _q_sample_kernel
     from kernels.sampler_step import _sampler_step_kernel
@@ -133,6 +134,24 @@ def cases() -> dict[str, Case]:
     found["adamw_ema/all terms"] = Case(
         _adamw_ema_kernel, types, full, (*state, "grad", "elements"), wide=True, fp_fusion=True
     )
+    for dtype, last in (("bf16", True), ("bf16", False), ("fp32", True)):
+        types = {"weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "rstd": "*fp32"}
+        types |= dict.fromkeys(("pixels", "weight_stride", "n_blocks"), "i32")
+        types |= {"channels": "i32", "x": f"*{dtype}"}
+        rows, block = (64, 64) if last else (512, 8)
+        fixed = {"SILU": True, "CHANNELS_LAST": last, "ROWS": rows, "BLOCK": block}
+        fixed |= {"GROUP_SIZE": 8}
+        name = f"group_norm_silu/{{}} {dtype}/{'nhwc' if last else 'nchw'}"
+        hints = ("x", "y", "grad", "grad_x", "channels", "pixels", "weight_stride")
+        forward = {**types, "y": f"*{dtype}", "eps": "fp32"}
+        backward = {**types, "grad": f"*{dtype}", "grad_x": f"*{dtype}"}
+        backward |= {"grad_weight": "*fp32", "grad_bias": "*fp32"}
+        for kernel, of, title in (
+            (_forward_kernel, forward, "forward"),
+            (_backward_kernel, backward, "backward"),
+        ):
+            of = {k: v for k, v in of.items() if k not in fixed}
+            found[name.format(title)] = Case(kernel, of, fixed, hints, wide=True, fp_fusion=True)
     return found
 
 

@@ -44,8 +44,8 @@ def test_aligned_configurations_move_128_bits_at_a_time(survey):
     for name, architecture, facts in _each(survey):
         if not facts["wide"]:
             continue
-        scalar_stores = facts["stores"] - facts["stores_128"]
-        assert scalar_stores <= 1, (name, facts)  # the partial sum of a loss
+        narrow_stores = facts["stores"] - facts["stores_128"]
+        assert narrow_stores <= 2, (name, facts)  # a partial sum, the statistics of a group
         assert facts["stores_128"] + facts["loads_128"] > 0, (name, facts)
         reads = not name.startswith("normal")
         if reads and architecture.startswith("sm_"):

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from kernels._group_norm_silu_cpu import (
+    group_norm_silu_backward_reference,
+    group_norm_silu_reference,
+)
+from kernels.group_norm_silu import _launch_backward, _launch_forward
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [  # group sizes that are and aren't powers of two, several blocks of channels, several tiles
+        ((2, 8, 5, 7), 2), ((2, 12, 4, 4), 4), ((1, 192, 3, 3), 32), ((1, 4, 67, 65), 1),
+        ((2, 4, 1, 1), 4), ((0, 4, 2, 2), 2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_forward_and_backward(shape, groups, channels_last, embedded, silu):
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    batch, channels = shape[:2]
+    x = (torch.randn(shape) + 5).contiguous(memory_format=format_)
+    grad = torch.randn(shape)
+    weight, bias = torch.randn(2, batch if embedded else 1, channels)
+    if embedded and batch == 0:
+        weight, bias = torch.randn(2, 1, channels)
+    y = torch.full_like(x, NAN)
+    mean, rstd = torch.full((2, batch, groups), NAN)
+    _launch_forward(x, weight, bias, groups, 1e-5, silu, y, mean, rstd)
+    want = group_norm_silu_reference(x, weight, bias, groups, 1e-5, silu)
+    for got, expected in zip((y, mean, rstd), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+    dx = torch.full_like(x, NAN)
+    dw, db = torch.full((2, batch, channels), NAN)
+    statistics = (x, weight, bias, *want[1:], groups, silu)
+    _launch_backward(grad, *statistics, dx, dw, db)
+    if weight.shape[0] == 1:
+        dw, db = dw.sum(0, keepdim=True), db.sum(0, keepdim=True)
+    expected = group_norm_silu_backward_reference(grad, *statistics)
+    for got, value in zip((dx, dw, db), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-3, atol=5e-4)
+
+
+def test_a_large_mean_does_not_cancel_the_variance():
+    x = torch.randn(1, 4, 80, 80) + 1e4
+    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, 1, 1)
+    _launch_forward(x, torch.ones(1, 4), torch.zeros(1, 4), 1, 0.0, False, y, mean, rstd)
+    exact = x.double().var(unbiased=False).rsqrt()
+    torch.testing.assert_close(rstd.double().squeeze(), exact, rtol=1e-4, atol=0)

@@ -1,0 +1,196 @@
+import diffusers
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import kernels
+from kernels._group_norm_silu_cpu import group_norm_silu_reference
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def _inputs(shape=(3, 12, 5, 7), dtype=torch.float32, *, embedded=False, mean=0.0):
+    generator = torch.Generator().manual_seed(4)
+    batch, channels = shape[:2]
+    x = torch.randn(shape, generator=generator) + mean
+    affine = [torch.randn(channels, generator=generator) for _ in range(2)]
+    embedding = [0.3 * torch.randn(batch, channels, generator=generator) for _ in range(2)]
+    return x.to(dtype), affine, embedding if embedded else [None, None]
+
+
+def _float64(x, groups, weight, bias, scale, shift, silu):
+    z = functional.group_norm(x, groups, weight, bias, 1e-5)
+    if scale is not None:
+        z = z * (1 + scale[..., None, None]) + shift[..., None, None]
+    return functional.silu(z) if silu else z
+
+
+def _close(got, want, dtype):
+    largest = want.abs().max().clamp(min=1e-3)
+    assert ((got.double() - want).abs().max() / largest) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_value_and_gradients_are_those_of_the_definition(layout, dtype, embedded, silu):
+    x, affine, embedding = _inputs(dtype=dtype, embedded=embedded)
+    leaves = [layout(x), *affine, *embedding]
+    ours = [v if v is None else v.detach().requires_grad_() for v in leaves]
+    exact = [v if v is None else v.detach().double().requires_grad_() for v in leaves]
+    upstream = torch.randn(*x.shape[:3], 2 * x.shape[3]).to(dtype)[..., ::2]  # strided
+
+    y = kernels.group_norm_silu(ours[0], 4, *ours[1:3], silu=silu, scale=ours[3], shift=ours[4])
+    want = _float64(exact[0], 4, *exact[1:], silu)
+    assert y.dtype == dtype
+    assert y.stride() == torch.empty_like(leaves[0]).stride()
+    _close(y, want, dtype)
+    y.backward(upstream)
+    want.backward(upstream.double())
+    for got, expected in zip(ours, exact, strict=True):
+        if got is not None:
+            _close(got.grad, expected.grad, dtype)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_large_mean_cancels_neither_variance_nor_gradient(layout, embedded):
+    x, affine, embedding = _inputs((2, 8, 16, 16), embedded=embedded)
+    x[1] += 1000.0  # torch's own channels_last GroupNorm is wrong in the first digit here
+    ours = layout(x).detach().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    scale, shift = embedding
+    y = kernels.group_norm_silu(ours, 2, *affine, scale=scale, shift=shift)
+    want = _float64(exact, 2, *(v if v is None else v.double() for v in affine + embedding), True)
+    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-3)
+    upstream = torch.randn(x.shape)
+    y.backward(upstream)
+    want.backward(upstream.double())
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_half_precision_is_the_rounded_float32_result():
+    x, affine, _ = _inputs(dtype=torch.bfloat16)
+    full = kernels.group_norm_silu(x.float(), 4, *affine)
+    assert torch.equal(kernels.group_norm_silu(x, 4, *affine), full.bfloat16())
+
+
+def test_a_sample_is_the_same_in_any_batch(monkeypatch):
+    x, affine, embedding = _inputs((5, 8, 6, 6), embedded=True)
+    scale, shift = embedding
+    whole = kernels.group_norm_silu(x, 4, *affine, scale=scale, shift=shift)
+    monkeypatch.setattr("kernels._group_norm_silu_cpu._CHUNK", 2 * x[0].numel())
+    again = kernels.group_norm_silu(x, 4, *affine, scale=scale, shift=shift)
+    torch.testing.assert_close(again, whole, rtol=1e-6, atol=1e-6)
+    alone = kernels.group_norm_silu(x[3:4], 4, *affine, scale=scale[3:4], shift=shift[3:4])
+    torch.testing.assert_close(alone, whole[3:4], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (1, 4, 1, 1), (2, 4), (2, 4, 9), (2, 4, 2, 2, 2)])
+def test_shapes_from_empty_to_volumes(shape):
+    x, affine, _ = _inputs(shape)
+    x.requires_grad_()
+    y = kernels.group_norm_silu(x, 2, *affine)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    if shape[0]:
+        torch.testing.assert_close(y, functional.silu(functional.group_norm(x, 2, *affine)))
+
+
+def test_double_backward_raises():
+    x, affine, _ = _inputs()
+    x.requires_grad_()
+    y = kernels.group_norm_silu(x, 4, *affine).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.square().sum().backward()
+
+
+def test_op_passes_opcheck(layout):
+    x, (weight, bias), _ = _inputs()
+    x = layout(x).requires_grad_()
+    for w, b in ((weight[None], bias[None]), (weight.expand(3, -1), bias.expand(3, -1))):
+        w, b = (v.clone().requires_grad_() for v in (w, b))
+        torch.library.opcheck(torch.ops.concilium.group_norm_silu.default, (x, w, b, 4, 1e-5, True))
+        _, mean, rstd = group_norm_silu_reference(x.detach(), w.detach(), b.detach(), 4, 1e-5, True)
+        arguments = (torch.randn_like(x), x, w, b, mean, rstd, 4, True)
+        arguments = tuple(v.detach() if torch.is_tensor(v) else v for v in arguments)
+        torch.library.opcheck(torch.ops.concilium.group_norm_silu_backward.default, arguments)
+
+
+def test_one_graph_serves_every_batch_size_and_autocast():
+    norm = nn.GroupNorm(4, 8)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def step(x):
+        return conv(kernels.group_norm_silu(x, 4, norm.weight, norm.bias)).square().mean()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (4, 6, 9):
+            x = torch.randn(batch, 8, 5, 5)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(compiled(x), step(x))
+    x = torch.randn(4, 8, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.group_norm_silu(x.bfloat16(), 4, norm.weight, norm.bias)
+        torch.testing.assert_close(step(x), step(x.clone()), rtol=2e-2, atol=2e-2)
+    assert y.dtype == torch.bfloat16
+
+
+def test_errors_say_what_was_wrong():
+    x, (weight, bias), (scale, shift) = _inputs(embedded=True)
+    wrong = [
+        (TypeError, "x must be torch.float32", (x.double(), 4, weight, bias), {}),
+        (ValueError, "C divisible by groups", (x, 5, weight, bias), {}),
+        (ValueError, r"weight must have shape \(12,\)", (x, 4, weight[:3], bias), {}),
+        (ValueError, "belong together", (x, 4, weight, bias), {"scale": scale}),
+        (
+            ValueError,
+            r"shift must have shape \(3, 12\)",
+            (x, 4, weight, bias),
+            {"scale": scale, "shift": shift[:1]},
+        ),
+        (ValueError, "is on meta", (x, 4, weight.to("meta"), bias), {}),
+    ]
+    for error, message, arguments, options in wrong:
+        with pytest.raises(error, match=message):
+            kernels.group_norm_silu(*arguments, **options)
+
+
+@pytest.mark.parametrize("mode", ["default", "scale_shift"])
+def test_a_diffusers_unet_computes_the_same_with_fewer_modules(mode):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=4,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
+        attention_head_dim=8, resnet_time_scale_shift=mode,
+    )  # fmt: skip
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
+
+    def run():
+        unet.zero_grad()
+        y = unet(x, t).sample
+        y.square().sum().backward()
+        return y.detach(), {k: p.grad.clone() for k, p in unet.named_parameters()}
+
+    keys = list(unet.state_dict())
+    y, grads = run()
+    assert kernels.apply_to_unet(unet) is unet
+    fused_y, fused_grads = run()
+    kernels.apply_to_unet(unet)  # twice is harmless
+    assert not any(type(m) is nn.GroupNorm for m in unet.modules())
+    assert list(unet.state_dict()) == keys
+    torch.testing.assert_close(fused_y, y, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_norms_in_a_sequence_take_their_silu_along():
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4))
+    x = torch.randn(2, 4, 3, 3)
+    want = model(x)
+    torch.testing.assert_close(kernels.apply_to_unet(model)(x), want)
+    assert isinstance(model[1], nn.Identity)
