@@ -21,5 +21,5 @@ VARIABLE = "CONCILIUM_FAILPOINT"
 def reach(point: str, quantity: Quantity) -> None:
     """Kill this process (SIGKILL: no handler, no flush) if it was asked to die here."""
     name, _, limit = os.environ.get(VARIABLE, "").partition(":")
-    if name == point and limit in ("", f"{quantity.purpose}={quantity.round}"):
+    if name and name == point and limit in ("", f"{quantity.purpose}={quantity.round}"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ import structlog
 
 from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
-from secagg.context import Quantity, SessionContext
+from secagg.context import SessionContext
 from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
 from secagg.events import (
     Adverts,
@@ -209,8 +209,8 @@ class Participation:
                 digest = MaskedInput.decode(send.message.body).vector
                 await self._tools.client.upload(self._study.name, task.session, path, digest)
             await self._tools.client.submit(_submission(task, send))
-            quantity = context.quantity if context else Quantity("", 0)
-            failpoints.reach(_POINTS.get(send.message.step, ""), quantity)
+            if context is not None and send.message.step in _POINTS:
+                failpoints.reach(_POINTS[send.message.step], context.quantity)
 
     async def _settle(self, task: pb.Task) -> None:
         """A certificate: verified, recorded, its consequences drawn; then it counts as settled."""

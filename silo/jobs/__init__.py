@@ -1,14 +1,9 @@
-"""What the worker process does: one file per kind of order. This is where torch is."""
+"""What the worker process does: one file per kind of order. All but reading images need torch."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from silo.jobs.images import cache_images
-from silo.jobs.local import sample_local, train_local
-from silo.jobs.moments import feature_moments
-from silo.jobs.publish import publish_model
-from silo.jobs.round import train_round
 from silo.orders import (
     CacheImages,
     FeatureMoments,
@@ -24,20 +19,32 @@ R = TypeVar("R")
 
 
 def execute(order: Order[R], progress: ProgressFile) -> R:
-    """The answer to an order."""
+    """The answer to an order. What it needs is imported now: a census waits for no torch."""
     answer: Any
     match order:
         case CacheImages():
+            from silo.jobs.images import cache_images
+
             answer = cache_images(order, progress)
         case TrainRound():
+            from silo.jobs.round import train_round
+
             answer = train_round(order, progress)
         case TrainLocal():
+            from silo.jobs.local import train_local
+
             answer = train_local(order, progress)
         case SampleLocal():
+            from silo.jobs.local import sample_local
+
             answer = sample_local(order, progress)
         case FeatureMoments():
+            from silo.jobs.moments import feature_moments
+
             answer = feature_moments(order, progress)
         case PublishModel():
+            from silo.jobs.publish import publish_model
+
             answer = publish_model(order)
         case _:
             raise TypeError(f"no job for {type(order).__name__}")
