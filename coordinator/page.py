@@ -1,4 +1,4 @@
-"""index.html of a study: one page without scripts or outside files that can be mailed or archived."""
+"""index.html of a study: one page, without scripts or outside files, that can be mailed."""
 
 from __future__ import annotations
 
@@ -13,27 +13,39 @@ Json = dict[str, Any]
 _MOST_GRIDS = 12
 
 _STYLE = """
-:root { --ink:#1c2330; --soft:#5b6577; --line:#dde2ea; --paper:#fff; --ground:#f4f6f9; --blue:#2b62c9;
-  --red:#c2452d; --green:#2e7d4f }
+:root { --ink:#1c2330; --soft:#5b6577; --line:#dde2ea; --paper:#fff; --ground:#f4f6f9;
+  --blue:#2b62c9; --red:#c2452d; --green:#2e7d4f }
 @media (prefers-color-scheme: dark) { :root { --ink:#e8ebf1; --soft:#9aa5b8; --line:#2f3747;
   --paper:#1a202c; --ground:#12161f; --blue:#7aa5f5; --red:#ee8a74; --green:#74c594 } }
-* { box-sizing:border-box } body { margin:0; background:var(--ground); color:var(--ink);
-  font:16px/1.5 system-ui,sans-serif } main { max-width:64rem; margin:0 auto; padding:2.5rem 1.25rem 4rem }
-h1 { margin:0; font-size:1.9rem; line-height:1.2 } h2 { margin:0 0 .8rem; font-size:1.1rem }
-p { margin:.3rem 0 } .soft { color:var(--soft) } section { background:var(--paper);
-  border:1px solid var(--line); border-radius:12px; padding:1.2rem 1.4rem; margin-top:1.2rem }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(9rem,1fr)); gap:1rem; margin-top:1.4rem }
-.facts div { background:var(--paper); border:1px solid var(--line); border-radius:12px; padding:.8rem 1rem }
-.facts b { display:block; font-size:1.45rem; font-weight:600 } .facts span { color:var(--soft); font-size:.85rem }
+* { box-sizing:border-box }
+body { margin:0; background:var(--ground); color:var(--ink); font:16px/1.5 system-ui,sans-serif }
+main { max-width:64rem; margin:0 auto; padding:2.5rem 1.25rem 4rem }
+h1 { margin:0; font-size:1.9rem; line-height:1.2 }
+h2 { margin:0 0 .8rem; font-size:1.1rem }
+p { margin:.3rem 0 }
+.soft { color:var(--soft) }
+.bad { color:var(--red) }
+section, .facts div { background:var(--paper); border:1px solid var(--line); border-radius:12px }
+section { padding:1.2rem 1.4rem; margin-top:1.2rem }
+.facts { display:grid; gap:1rem; margin-top:1.4rem;
+  grid-template-columns:repeat(auto-fit,minmax(9rem,1fr)) }
+.facts div { padding:.8rem 1rem }
+.facts b { display:block; font-size:1.45rem; font-weight:600 }
+.facts span { color:var(--soft); font-size:.85rem }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(18rem,1fr)); gap:1.2rem }
-figure { margin:0 } figcaption { color:var(--soft); font-size:.85rem; margin-bottom:.3rem }
-svg { width:100%; height:auto; display:block } img { max-width:100%; image-rendering:pixelated;
-  border-radius:6px; display:block; background:#fff }
 .grids { display:grid; grid-template-columns:repeat(auto-fill,minmax(17rem,1fr)); gap:1.1rem }
-.wide { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:.9rem }
-th,td { text-align:right; padding:.35rem .6rem; border-bottom:1px solid var(--line); white-space:nowrap }
-th { color:var(--soft); font-weight:500 } .left { text-align:left; white-space:normal }
-code { font:.85em ui-monospace,monospace } .bad { color:var(--red) } a { color:var(--blue) }
+figure { margin:0 }
+figcaption { color:var(--soft); font-size:.85rem; margin-bottom:.3rem }
+svg { width:100%; height:auto; display:block }
+img { max-width:100%; image-rendering:pixelated; border-radius:6px; display:block }
+.wide { overflow-x:auto }
+table { border-collapse:collapse; width:100%; font-size:.9rem }
+th, td { text-align:right; padding:.35rem .6rem; border-bottom:1px solid var(--line);
+  white-space:nowrap }
+th { color:var(--soft); font-weight:500 }
+.left { text-align:left; white-space:normal }
+code { font:.85em ui-monospace,monospace }
+a { color:var(--blue) }
 """
 
 
@@ -67,7 +79,8 @@ def _head(report: Json) -> str:
         f"<h1>{escape(report['title'])}</h1>"
         f'<p class="soft">Study <code>{escape(report["study"])}</code>, {report["state"]}, begun '
         f"{created}. Strategy <code>{escape(report['strategy']['kind'])}</code>; "
-        f"{len(roster['silos'])} silos, of which {roster['threshold']} must stay for a sum.</p>{error}"
+        f"{len(roster['silos'])} silos, of which {roster['threshold']} must stay for a sum.</p>"
+        f"{error}"
     )
 
 
@@ -142,10 +155,10 @@ def _chart(points: Sequence[tuple[int, float]], color: str, marked: set[int]) ->
         for (n, value), (x, y) in zip(points, places, strict=True)
     )
     ticks = "".join(
-        f'<line x1="{left}" x2="{width - 12}" y1="{at(xs[0], y)[1]:.1f}" y2="{at(xs[0], y)[1]:.1f}" '
-        f'stroke="var(--line)"/><text x="{left - 6}" y="{at(xs[0], y)[1] + 4:.1f}" '
-        f'text-anchor="end">{y:.3g}</text>'
-        for y in (low, (low + high) / 2, high)
+        f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        for value in (low, (low + high) / 2, high)
+        for _, y in [at(xs[0], value)]
     )
     ends = "".join(
         f'<text x="{at(x, low)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">{x}</text>'

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,13 @@ def published_size(c: Connection, name: str, sha256: bytes) -> int | None:
     return None if row is None else int(row.size)
 
 
-def forget_artifacts(c: Connection, name: str, role: str, keep: Iterable[bytes]) -> list[bytes]:
-    """Strike the artifacts of a role, but for those to keep; the digests no study refers to."""
+def forget_artifacts(
+    c: Connection, name: str, roles: Sequence[str], keep: Iterable[bytes]
+) -> list[bytes]:
+    """Strike the artifacts of these roles, but those to keep; the digests no study refers to."""
     kept = set(keep)
     rows = c.execute(
-        select(artifacts.c.sha256).where(artifacts.c.study == name, artifacts.c.role == role)
+        select(artifacts.c.sha256).where(artifacts.c.study == name, artifacts.c.role.in_(roles))
     )
     struck = [row.sha256 for row in rows if row.sha256 not in kept]
     for sha256 in struck:
@@ -268,16 +270,25 @@ def session_log(c: Connection, name: str, number: int) -> list[tuple[float, byte
 
 
 def end_session(
-    c: Connection, name: str, number: int, certificate: bytes | None, outcome: Mapping[str, Any]
+    c: Connection,
+    name: str,
+    number: int,
+    certificate: bytes | None,
+    outcome: Mapping[str, Any],
+    size: int,
 ) -> None:
     """A session is over. Its events go: they hold the silos' shares, and whoever later got hold of
-    both the shares and the uploads could unmask single inputs."""
+    both the shares and the uploads could unmask single inputs. `size` is that of the sum."""
     where = (sessions.c.study == name) & (sessions.c.number == number)
     values = {"open": False, "certificate": certificate, "outcome": json.dumps(outcome)}
     values |= {"awaited": "[]", "phase": outcome["kind"]}
     c.execute(update(sessions).where(where).values(**values))
     here = (session_events.c.study == name) & (session_events.c.number == number)
     c.execute(delete(session_events).where(here))
+    if outcome["sum"]:
+        digest = bytes.fromhex(outcome["sum"])
+        record_artifact(c, name, digest, "sum", size, published=False)
+        c.execute(update(studies).where(studies.c.id == name).values(error=None))
     noted = {key: outcome[key] for key in ("survivors", "why", "accused") if outcome[key]}
     note(c, f"session.{outcome['kind']}", name, session=number, **noted)
 

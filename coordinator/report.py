@@ -94,12 +94,8 @@ def _round(results: Json, number: int) -> Json:
         found: Json = results.get(f"round {number:05} {name}", {})
         return found
 
-    summed, step, decision, corrected = (
-        part("sum"),
-        part("model"),
-        part("decision"),
-        part("corrected"),
-    )
+    summed, step = part("sum"), part("model")
+    decision, corrected = part("decision"), part("corrected")
     line: Json = {
         "round": number,
         "survivors": summed["silos"],
@@ -138,16 +134,16 @@ def _seconds(results: Json) -> Json:
 def _metrics(report: Json) -> list[Json]:
     """One line per thing that happened, in order."""
     lines: list[Json] = []
+    in_sum = ("round", "survivors", "session", "loss", "moved", "saturated", "faults")
+    measured = ("round", "fid", "samples", "network")
     for r in report["rounds"]:
-        keys = ("round", "survivors", "session", "loss", "moved", "saturated", "faults")
-        lines.append({"event": "round", **{key: r[key] for key in keys}})
+        lines.append({"event": "round", **{key: r[key] for key in in_sum}})
         if "decision" in r:
             lines.append({"event": "decision", "round": r["round"], **r["decision"]})
         if "correction" in r:
             lines.append({"event": "correction", "round": r["round"], **r["correction"]})
         if "fid" in r:
-            keys = ("round", "fid", "samples", "network")
-            lines.append({"event": "evaluation", **{key: r[key] for key in keys}})
+            lines.append({"event": "evaluation", **{key: r[key] for key in measured}})
     return lines
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import structlog
 
 from coordinator import jobs, records
@@ -166,7 +165,7 @@ class Runner:
         out = self._scratch("first.f32")
         sizes = await self._worker.run(jobs.first_model, self._text, out)
         model = await self._keep_model(out)
-        clips = [_float32(self._plan.rounds.first_clip)] * len(sizes)
+        clips = [self._plan.first_clip] * len(sizes)
         return {"model": model.hex(), "sizes": sizes, "clips": clips, "state": None}
 
     # --- one round
@@ -180,7 +179,7 @@ class Runner:
         await self._stage(f"round {number} of {self._plan.rounds.count}")
         end = await self.once(f"{key} sum", lambda: self._sum_round(number, model, work))
         step = await self.once(f"{key} model", lambda: self._aggregate(number, model, work, end))
-        if auxiliary:
+        if "held_out" in auxiliary:
             decision = await self.once(
                 f"{key} decision", lambda: self._decide(number, step, auxiliary)
             )
@@ -219,6 +218,7 @@ class Runner:
                 "finite): lower optimizer.learning_rate in the plan and start anew"
             )
         await self._publish(step.model)
+        await self._record(step.state, "state")
         numbers = {k: getattr(step, k) for k in ("clips", "loss", "saturated", "faults", "moved")}
         return {
             "model": step.model.hex(),
@@ -306,9 +306,12 @@ class Runner:
         return {"fid": fid, "samples": evaluation.samples, "network": evaluation.feature_network}
 
     async def _tidy(self, before: Json, after: Json) -> Json:
-        """Drop what no later step reads; the input of this round stays until the next is done."""
-        keep = {bytes.fromhex(m[key]) for m in (before, after) for key in ("model",)}
-        gone = await self._tools.store.do(records.forget_artifacts, self._live.id, "model", keep)
+        """Drop what no later step reads: the sum of this round, and the model before its input."""
+        moments = await self._result("moments")
+        named = (before["model"], after["model"], after["state"], moments.get("sum"))
+        keep = {bytes.fromhex(name) for name in named if name}
+        roles = ("model", "state", "sum")
+        gone = await self._tools.store.do(records.forget_artifacts, self._live.id, roles, keep)
         for sha256 in gone:
             await asyncio.to_thread(self._tools.artifacts.remove, sha256)
         return {"dropped": len(gone)}
@@ -331,7 +334,7 @@ class Runner:
 
     async def once(self, key: str, step: Callable[[], Awaitable[Json]]) -> Json:
         """The stored result of a step, or that of running it now, stored."""
-        found = await self._result(key)
+        found: Json | None = await self._result(key)
         if found is not None:
             return found
         await self._summing.may_go_on()
@@ -341,7 +344,7 @@ class Runner:
         await self._tools.store.do(records.put_result, self._live.id, key, result)
         return result
 
-    async def _result(self, key: str) -> Any:
+    async def _result(self, key: str) -> Any:  # Json, or None before the step is done
         return await self._tools.store.do(records.result, self._live.id, key)
 
     async def _stage(self, stage: str) -> None:
@@ -366,18 +369,17 @@ class Runner:
 
     async def _publish(self, sha256: bytes) -> None:
         """Let the silos have a model."""
+        await self._record(sha256, "model", published=True)
+        await self._tools.store.do(records.set_model, self._live.id, sha256)
+
+    async def _record(self, sha256: bytes, role: str, *, published: bool = False) -> None:
         size = self._tools.artifacts.path(sha256).stat().st_size
         await self._tools.store.do(
-            records.record_artifact, self._live.id, sha256, "model", size, published=True
+            records.record_artifact, self._live.id, sha256, role, size, published=published
         )
-        await self._tools.store.do(records.set_model, self._live.id, sha256)
 
     def _scratch(self, name: str) -> Path:
         return self._home.scratch / f"{self._live.id}-{name}"
 
     def _names(self, indices: tuple[int, ...]) -> list[str]:
         return [self._live.roster.member(i).name for i in indices]
-
-
-def _float32(value: float) -> float:
-    return float(np.float32(value))

@@ -15,7 +15,6 @@ from typing import Any
 import grpc
 import structlog
 from grpc.aio import Server
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from coordinator import contacts as signs_of_life
 from coordinator import records, registry
@@ -90,7 +89,7 @@ class CoordinatorServer:
         add_CoordinationServicer_to_server(self._service, server)
         enrolment = EnrolmentService(self._store, self._authority, self._door)
         add_EnrolmentServicer_to_server(enrolment, server)
-        await _add_health(server)
+        server.add_generic_rpc_handlers((_health(),))
         bind = self._config.bind
         try:
             server.add_secure_port(bind, self._credentials())
@@ -127,20 +126,14 @@ class CoordinatorServer:
         The server's own certificate is made anew before it expires, without a restart.
         """
         trusted, host = self._authority.pem, self._config.host
-        known = self._authority.server_credentials(host)
 
-        def configuration() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal known
-            fresh = self._authority.server_credentials(host)
-            if fresh == known:
-                return None
-            known = fresh
-            return grpc.ssl_server_certificate_configuration([fresh], trusted)
+        def configuration() -> grpc.ServerCertificateConfiguration:
+            # Asked at every handshake, in a thread of gRPC's.
+            pair = self._authority.server_credentials(host)
+            return grpc.ssl_server_certificate_configuration([pair], trusted)
 
         return grpc.dynamic_ssl_server_credentials(
-            grpc.ssl_server_certificate_configuration([known], trusted),
-            configuration,
-            require_client_authentication=True,
+            configuration(), configuration, require_client_authentication=True
         )
 
     async def _keep_looking(self) -> None:
@@ -211,10 +204,15 @@ def configure_logging(config: CoordinatorConfig) -> None:
     )
 
 
-async def _add_health(server: Server) -> None:
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+def _health() -> grpc.GenericRpcHandler:
+    """grpc.health.v1.Health/Check for probes. Its one answer, {status: SERVING}, is two bytes; a
+    service that is not well does not answer at all."""
+
+    async def answer(_request: bytes, _context: object) -> bytes:
+        return b"\x08\x01"
+
+    check: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(answer)
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})
 
 
 @contextmanager

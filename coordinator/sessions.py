@@ -191,6 +191,8 @@ class Session:
             await self._apply_locked(event)
 
     async def _apply_locked(self, event: CoordinatorEvent) -> None:
+        if self.state.over:
+            return  # its outcome is what the silos are told next
         state, effects = await asyncio.to_thread(self.state.handle, event)
         if state is self.state:
             return
@@ -205,6 +207,8 @@ class Session:
         self._advance(state, effects, now)
         if moved:
             log.info("session.step", study=name, session=number, phase=state.phase)
+        if isinstance(state, core.Aborting) and moved:
+            await self._tools.store.do(records.set_error, name, state.why)
         self.bell.ring()
 
     def _advance(
@@ -283,15 +287,19 @@ class Session:
     async def _report_overdue(self) -> None:
         """These two steps have no way back; a person is told whom they wait for."""
         state, self._overdue = self.state, True
-        waits = "ABORT" if isinstance(state, core.Aborting) else "shares"
-        why = (
-            f"session {self.context.session} ({self.context.quantity}) waits for the {waits} of "
-            f"{self._roster.threshold} silos and has {len(answered(state))}; missing: "
-            f"{self._roster.names(state.awaited)}. Bring a missing silo's agent back; it goes on "
-            "by itself"
-        )
+        have, needed = len(answered(state)), self._roster.threshold
+        missing = self._roster.names(state.awaited)
         if isinstance(state, core.Aborting):
-            why = f"{state.why}. {why}"
+            why = (
+                f"{state.why}. First {needed} silos must sign that they give the session up: "
+                f"{have} have, not yet {missing}"
+            )
+        else:
+            why = (
+                f"session {self.context.session} ({self.context.quantity}): {have} silos released "
+                f"their shares, the threshold is {needed}; missing: {missing}. Bring a missing "
+                "silo's agent back; it goes on by itself"
+            )
         log.warning("session.overdue", study=self.row.study, session=self.row.number, why=why)
         await self._tools.store.do(records.set_error, self.row.study, why)
 
@@ -300,7 +308,8 @@ class Session:
         certificate = getattr(self.state, "certificate", None)
         raw = None if certificate is None else certificate.encode()
         name, number = self.row.study, self.row.number
-        await self._tools.store.do(records.end_session, name, number, raw, asdict(end))
+        size = self.context.vector_bytes
+        await self._tools.store.do(records.end_session, name, number, raw, asdict(end), size)
         await asyncio.to_thread(self._tools.spool.discard, name, number)
         how = {"kind": end.kind, "survivors": end.survivors, "why": end.why}
         log.info("session.ended", study=name, session=number, quantity=self.row.quantity, **how)

@@ -98,7 +98,7 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def note(connection: Connection, kind: str, study: str = "", **detail: Any) -> None:
+def note(connection: Connection, /, kind: str, study: str = "", **detail: Any) -> None:
     """Append to the audit log, in the transaction that does what is noted."""
     head = connection.execute(select(schema.chain_head).with_for_update()).one()
     row = {
