@@ -148,6 +148,7 @@ def test_double_backward_raises(stream, alpha_bar, make_images):
         grad.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double")
 def test_gradcheck_in_float32(stream, alpha_bar):
     s = stream(2)
     pred = torch.rand(2, 1, 2, 2, requires_grad=True)

@@ -99,6 +99,7 @@ def test_gradients(stream, alpha_bar, make_images):
     torch.testing.assert_close(eps.grad, grad * noise)
 
 
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double")
 def test_gradients_pass_gradcheck_in_float32(stream, alpha_bar):
     s, t = stream(2), T[1:3]
     x_0 = torch.rand(2, 1, 2, 2, requires_grad=True)

@@ -1,0 +1,189 @@
+"""The fused ops against what torch does without them, on whatever device there is.
+
+    pytest benchmarks/test_kernels_micro.py --benchmark-columns=min,median,iqr,rounds
+
+Every group is one job done by several means; ``extra_info`` holds the bytes that the job cannot
+avoid moving, the rate that follows, and its share of this machine's measured copy bandwidth. Noise
+is not drawn by both sides alike: torch.randn is the cheaper, and not reproducible across batch
+splits or devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH = 64 if DEVICE == "cpu" else 512
+SHAPE = (BATCH, 3, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="module")
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy too large for the caches."""
+    source = torch.empty(1 << 25, device=DEVICE)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+@pytest.fixture
+def measure(benchmark, copy_bandwidth):
+    def run(job: Callable[[], object], moved: int) -> None:
+        def once() -> None:
+            job()
+            _wait()
+
+        benchmark.pedantic(once, rounds=15, iterations=1, warmup_rounds=3)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        rate = moved / benchmark.stats.stats.median
+        benchmark.extra_info |= {
+            "megabytes": round(moved / 1e6, 2),
+            "GB/s": round(rate / 1e9, 2),
+            "share of copy": round(rate / copy_bandwidth, 3),
+        }
+
+    return run
+
+
+def _stream(batch: int) -> dict[str, Tensor]:
+    return {
+        "key": torch.tensor(kernels.derive_key(0, "benchmark"), device=DEVICE),
+        "sample_id": torch.arange(batch, device=DEVICE),
+        "step": torch.tensor(1, device=DEVICE),
+    }
+
+
+def _images() -> tuple[Tensor, Tensor, Tensor]:
+    alpha_bar = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0).to(DEVICE)
+    x_0 = torch.randint(0, 256, SHAPE, dtype=torch.uint8, device=DEVICE)
+    return x_0, torch.randint(0, 1000, SHAPE[:1], device=DEVICE), alpha_bar
+
+
+def _eager_q_sample(x_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    x = x_0.float() * (2 / 255) - 1
+    return a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+
+
+@pytest.mark.benchmark(group="normal")
+@pytest.mark.parametrize("by", ["torch.randn", "kernels"])
+def test_normal(measure, by):
+    stream = _stream(BATCH)
+    jobs = {
+        "torch.randn": lambda: torch.randn(SHAPE, device=DEVICE),
+        "kernels": lambda: kernels.normal(SHAPE, **stream),
+    }
+    measure(jobs[by], 4 * torch.Size(SHAPE).numel())
+
+
+@pytest.mark.benchmark(group="q_sample")
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_q_sample(measure, by):
+    images, stream = _images(), _stream(BATCH)
+    jobs = {
+        "eager": lambda: _eager_q_sample(*images),
+        "kernels": lambda: kernels.q_sample(*images, **stream),
+    }
+    measure(jobs[by], 5 * images[0].numel())
+
+
+@pytest.mark.benchmark(group="ddpm_loss forward + backward")
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_ddpm_loss(measure, by):
+    """Eager gets its noise for nothing, as a stored tensor."""
+    (x_0, t, alpha_bar), stream = _images(), _stream(BATCH)
+    pred = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
+    eps = torch.randn(SHAPE, device=DEVICE)
+    jobs = {
+        "eager": lambda: (pred - eps).square().flatten(1).mean(1),
+        "kernels": lambda: kernels.ddpm_loss(pred, x_0, t, alpha_bar, **stream),
+    }
+    measure(lambda: torch.autograd.grad(jobs[by]().mean(), pred), 3 * 4 * pred.numel())
+
+
+@pytest.mark.benchmark(group="sampler_step")
+@pytest.mark.parametrize("by", ["ddim", "ddpm"])
+def test_sampler_step(measure, by):
+    (_, t, alpha_bar), stream = _images(), _stream(BATCH)
+    x_t, pred = torch.randn(2, *SHAPE, device=DEVICE)
+    eta = 0.0 if by == "ddim" else None
+    measure(
+        lambda: kernels.sampler_step(x_t, pred, t, t - 1, alpha_bar, eta=eta, **stream),
+        3 * 4 * x_t.numel(),
+    )
+
+
+@pytest.mark.benchmark(group="adamw + ema")
+@pytest.mark.parametrize("by", ["torch.optim, fused", "kernels"])
+def test_adamw_ema(measure, by):
+    size = 1 << 21
+    param, grad = torch.randn(2, size, device=DEVICE)
+    ema, m, v = param.clone(), torch.zeros_like(param), torch.zeros_like(param)
+    theirs = nn.Parameter(param.clone())
+    theirs.grad = grad
+    optimizer = torch.optim.AdamW([theirs], lr=1e-4, fused=True)
+    scalars = {
+        "lr": torch.tensor(1e-4, device=DEVICE),
+        "step": torch.tensor(10, device=DEVICE),
+        "ema_decay": torch.tensor(0.999, device=DEVICE),
+    }
+
+    def with_torch() -> None:
+        optimizer.step()
+        ema.lerp_(theirs.detach(), 1e-3)
+
+    jobs = {
+        "torch.optim, fused": with_torch,
+        "kernels": lambda: kernels.adamw_ema_(param, grad, m, v, ema=ema, **scalars),
+    }
+    measure(jobs[by], 9 * 4 * size)
+
+
+@pytest.mark.benchmark(group="group_norm_silu forward + backward")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 128, 16, 16), (64, 32, 28, 28)], ids=str)
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_group_norm_silu(measure, shape, layout, dtype, by):
+    channels, groups = shape[1], 32 if shape[1] >= 128 else 8
+    formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+    x = torch.randn(shape, device=DEVICE, dtype=dtype).contiguous(memory_format=formats[layout])
+    x.requires_grad_()
+    weight, bias = (nn.Parameter(torch.randn(channels, device=DEVICE)) for _ in range(2))
+    upstream = torch.randn_like(x)
+    own = (weight.to(dtype), bias.to(dtype))  # eager wants the parameters in the dtype of x
+    jobs = {
+        "eager": lambda: functional.silu(functional.group_norm(x, groups, *own)),
+        "kernels": lambda: kernels.group_norm_silu(x, groups, weight, bias),
+    }
+    measure(
+        lambda: torch.autograd.grad(jobs[by](), (x, weight, bias), upstream, retain_graph=True),
+        5 * x.element_size() * x.numel(),
+    )
