@@ -1,0 +1,181 @@
+"""`concilium coordinator …`: what a person at the study centre types."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+
+from concilium.show import age
+from coordinator import admin, server
+from coordinator.admin import AdminError
+from coordinator.authority import AuthorityError
+from coordinator.config import ConfigError
+from coordinator.records import NoSuchStudy
+from coordinator.registry import RegistryError
+from coordinator.server import ServerError
+from coordinator.store import StoreError
+from secagg.errors import InvalidParameters
+from study.problems import PlanError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+home_option = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="CONCILIUM_COORDINATOR_HOME",
+    default=Path("~/.concilium/coordinator"),
+    show_default=True,
+    callback=lambda _ctx, _param, value: value.expanduser(),
+    help="The coordinator's folder (or set CONCILIUM_COORDINATOR_HOME).",
+)
+
+_MENDABLE = (
+    AdminError,
+    AuthorityError,
+    ConfigError,
+    InvalidParameters,
+    NoSuchStudy,
+    PlanError,
+    RegistryError,
+    ServerError,
+    StoreError,
+)
+
+
+def plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """Errors that a person can mend are shown as one sentence, not as a traceback."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except _MENDABLE as error:
+            raise click.ClickException(str(error)) from error
+
+    return call
+
+
+@click.group("coordinator")
+def command() -> None:
+    """The service of a study centre.
+
+    First evening: init, serve; then invite and approve each site, and `concilium study start`.
+    """
+
+
+@command.command()
+@click.option("--address", required=True, metavar="HOST:PORT", help="What the silos dial.")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen, if not at that address.")
+@home_option
+@plainly
+def init(address: str, listen: str | None, home: Path) -> None:
+    """Make the certificate authority, the store and coordinator.toml."""
+    fingerprint = admin.init(home, address, listen)
+    click.echo(f"made {home}; fingerprint of its authority:\n  {fingerprint}")
+    click.echo(f"next: concilium coordinator serve --home {home}")
+
+
+@command.command()
+@home_option
+@plainly
+def serve(home: Path) -> None:
+    """Run the coordinator until SIGTERM."""
+    asyncio.run(server.serve(home))
+
+
+@command.command()
+@click.argument("name")
+@click.option("--valid-hours", type=float, default=72.0, show_default=True)
+@home_option
+@plainly
+def invite(name: str, valid_hours: float, home: Path) -> None:
+    """Print a one-time token for the institution NAME; pass it on by a way you trust."""
+    click.echo(admin.invite(home, name, valid_hours))
+
+
+@command.command()
+@home_option
+@plainly
+def sites(home: Path) -> None:
+    """List the sites: who is invited, waits for approval, is approved or revoked."""
+    found = admin.sites(home)
+    for site in found:
+        seen = _contact(site.last_contact)
+        click.echo(f"{site.name:24} {site.status:10} last contact {seen}")
+        if site.status == "pending":
+            click.echo(f"{'':24} fingerprint {site.fingerprint}")
+    if not found:
+        click.echo("no site yet: concilium coordinator invite NAME")
+
+
+@command.command()
+@click.argument("name")
+@home_option
+@plainly
+def approve(name: str, home: Path) -> None:
+    """Let NAME in, after its fingerprint was compared by phone (`sites` shows it)."""
+    site = admin.approve(home, name)
+    click.echo(f"approved: {site.name}")
+
+
+@command.command()
+@click.argument("name")
+@home_option
+@plainly
+def revoke(name: str, home: Path) -> None:
+    """Shut NAME out at once, open calls included."""
+    click.echo(f"revoked: {admin.revoke(home, name).name}")
+
+
+@command.command()
+@click.option("--watch", is_flag=True, help="Show it again every second.")
+@home_option
+@plainly
+def status(watch: bool, home: Path) -> None:
+    """Sites and studies: round, phase, who is awaited, survivors, loss and FID so far."""
+    while True:
+        now = admin.status(home)
+        if watch:
+            click.clear()
+        click.echo(described(now))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+def described(now: admin.Status) -> str:
+    """The status page as text."""
+    lines = [f"coordinator {now.address}: {len(now.sites)} sites, {len(now.studies)} studies"]
+    for study in now.studies:
+        lines += ["", f"{study.id}: {study.title}", f"  {study.state}, {study.stage}"]
+        lines.append(f"  round {study.round} of {study.rounds}")
+        if study.quantity:
+            awaited = ", ".join(study.awaited) or "nobody"
+            lines.append(
+                f"  sum of {study.quantity}: {study.phase}; {study.present} answered, "
+                f"threshold {study.threshold}; awaited: {awaited}"
+            )
+        if study.survivors:
+            lines.append(f"  last round summed {', '.join(study.survivors)}")
+        figures = [("loss", study.loss), ("FID", study.fid), ("corrections", study.corrections)]
+        lines.append(
+            "  " + ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
+        )
+        if study.error:
+            lines.append(f"  ! {study.error}")
+        for silo in study.silos:
+            doing = f"{silo.activity} {silo.step}/{silo.steps}" if silo.activity else ""
+            seen = _contact(silo.last_contact)
+            lines.append(f"    {silo.name:20} {silo.answer:9} last contact {seen:12} {doing}")
+    return "\n".join(lines)
+
+
+def _contact(when: float | None) -> str:
+    return "never" if when is None else f"{age(time.time() - when)} ago"

@@ -1,0 +1,185 @@
+"""`concilium silo …`: what a person at an institution types."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from concilium.show import age
+from silo import admin, agent
+from silo.errors import SiloError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_home = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="CONCILIUM_SILO_HOME",
+    default=Path("~/.concilium/silo"),
+    show_default=True,
+    callback=lambda _ctx, _param, value: value.expanduser(),
+    help="The agent's folder (or set CONCILIUM_SILO_HOME).",
+)
+
+
+def _plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """Errors that a person can mend are shown as one sentence, not as a traceback."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except SiloError as error:
+            raise click.ClickException(str(error)) from error
+
+    return call
+
+
+@click.group("silo")
+def command() -> None:
+    """The agent of an institution.
+
+    First evening: init, check, join, run; then `roster` and `approve` when a study is offered.
+    """
+
+
+@command.command()
+@click.argument("name")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="File or folder.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["auto", "images", "npz", "idx"]),
+    default="auto",
+    show_default=True,
+    help="What the data is.",
+)
+@_home
+@_plainly
+def init(name: str, data: Path, kind: str, home: Path) -> None:
+    """Make the agent's folder, its keys and a site.toml that explains itself.
+
+    NAME is the institution's short name, as it was invited.
+    """
+    admin.init(home, name=name, data=data, format=kind)
+    click.echo(f"made {home / 'site.toml'}: read it, it says what a study may ask of this site")
+    click.echo(f"next: concilium silo check --home {home}")
+
+
+@command.command()
+@click.option("--image-size", type=click.IntRange(4, 1024), help="Height and width in pixels.")
+@click.option("--channels", type=click.IntRange(1, 16), help="1 = greyscale, 3 = RGB.")
+@_home
+@_plainly
+def check(image_size: int | None, channels: int | None, home: Path) -> None:
+    """Read all images once: how many, of what shape, what was skipped and why."""
+    found = admin.check(home, image_size, channels)
+    channels_, height, width = found.shape
+    click.echo(f"{found.data.count} images, cached as {channels_}×{height}×{width} (uint8)")
+    for item in found.data.skipped[:20]:
+        click.echo(f"  skipped {item.name}: {item.reason}")
+    if len(found.data.skipped) > 20:
+        click.echo(f"  … and {len(found.data.skipped) - 20} more")
+    click.echo(f"contact sheet: {found.sheet}")
+
+
+@command.command()
+@click.argument("token", required=False)
+@click.option("--token-file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@_home
+@_plainly
+def join(token: str | None, token_file: Path | None, home: Path) -> None:
+    """Hand in this site's keys with the invitation's TOKEN, and wait for the approval."""
+    if token_file is not None:
+        token = token_file.read_text("utf-8")
+    if not token:
+        raise click.UsageError("give the token, or --token-file with a file that holds it")
+    enrolment = asyncio.run(admin.join(home, token.strip(), click.echo))
+    click.echo(f"joined {enrolment.address} as {enrolment.site}")
+    click.echo(f"next: concilium silo run --home {home}")
+
+
+@command.command()
+@click.argument("study", required=False)
+@_home
+@_plainly
+def roster(study: str | None, home: Path) -> None:
+    """Who takes part in the studies offered here, and the fingerprint to compare by phone."""
+    click.echo(admin.roster(home, study))
+
+
+@command.command()
+@click.argument("study")
+@_home
+@_plainly
+def approve(study: str, home: Path) -> None:
+    """Accept plan and roster of STUDY as last offered."""
+    terms = admin.approve(home, study)
+    click.echo(f"accepted: {terms.plan.study.title}; fingerprint {terms.roster.fingerprint}")
+
+
+@command.command()
+@click.argument("study")
+@click.argument("why")
+@_home
+@_plainly
+def decline(study: str, why: str, home: Path) -> None:
+    """Do not take part in STUDY; the study centre reads WHY."""
+    admin.decline(home, study, why)
+    click.echo(f"declined: {study}")
+
+
+@command.command()
+@_home
+@_plainly
+def run(home: Path) -> None:
+    """Run the agent until SIGTERM. It only dials out."""
+    agent.main(home)
+
+
+@command.command()
+@click.option("--watch", is_flag=True, help="Show it again every second.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_home
+@_plainly
+def status(watch: bool, as_json: bool, home: Path) -> None:
+    """What the agent is doing."""
+    while True:
+        now = admin.status(home)
+        if watch:
+            click.clear()
+        click.echo(json.dumps(now, indent=2) if as_json else _described(now))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+def _described(now: dict[str, Any]) -> str:
+    if "site" not in now:
+        return "the agent has not run yet"
+    quiet = now["quiet_seconds"]
+    running = now["running"] and quiet < 60
+    lines = [
+        f"site         {now['site']}",
+        f"agent        {'running' if running else f'not running (silent for {age(quiet)})'}",
+        f"coordinator  {now['coordinator']}, last contact {_contact(now['last_contact'])}",
+        f"certificate  until {now['certificate_expires']}",
+    ]
+    if now["trouble"]:
+        lines.append(f"trouble      {now['trouble']}")
+    for name, study in now["studies"].items():
+        details = ", ".join(f"{key} {value}" for key, value in study.items() if value is not None)
+        lines.append(f"study        {name}: {details}")
+    return "\n".join(lines)
+
+
+def _contact(when: float | None) -> str:
+    return "never" if when is None else f"{age(time.time() - when)} ago"

@@ -1,0 +1,107 @@
+"""`concilium study …`: plans and the studies that follow them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from concilium.commands.coordinator import home_option, plainly
+from coordinator import admin
+from study.plan import Plan, load_plan
+
+_plan = click.argument("plan", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+
+
+@click.group("study")
+def command() -> None:
+    """Check, start, pause, stop and list studies."""
+
+
+@command.command()
+@_plan
+@click.option("--silos", type=click.IntRange(3, 255), default=4, show_default=True)
+@plainly
+def check(plan: Path, silos: int) -> None:
+    """Read a PLAN and say what it means, without starting anything."""
+    click.echo(_described(load_plan(plan), silos))
+
+
+@command.command()
+@_plan
+@click.option("--site", "sites", multiple=True, help="Only these sites; default: all approved.")
+@home_option
+@plainly
+def start(plan: Path, sites: tuple[str, ...], home: Path) -> None:
+    """Offer the study in PLAN to the approved sites; it runs when all of them accepted."""
+    name = admin.start_study(home, plan, list(sites) or None)
+    click.echo(f"offered {name}; each site accepts with: concilium silo approve {name}")
+
+
+@command.command()
+@click.argument("study")
+@home_option
+@plainly
+def pause(study: str, home: Path) -> None:
+    """Open no further session; the one under way ends first."""
+    admin.pause_study(home, study)
+    click.echo(f"pausing {study}; go on with: concilium study resume {study}")
+
+
+@command.command()
+@click.argument("study")
+@home_option
+@plainly
+def resume(study: str, home: Path) -> None:
+    """Go on with a paused study."""
+    admin.resume_study(home, study)
+    click.echo(f"resumed {study}")
+
+
+@command.command()
+@click.argument("study")
+@home_option
+@plainly
+def stop(study: str, home: Path) -> None:
+    """End a study for good."""
+    admin.stop_study(home, study)
+    click.echo(f"stopping {study}")
+
+
+@command.command("list")
+@home_option
+@plainly
+def list_(home: Path) -> None:
+    """All studies, oldest first."""
+    rows = admin.list_studies(home)
+    for row in rows:
+        click.echo(f"{row.id:40} {row.state:10} {row.stage}")
+    if not rows:
+        click.echo("no study yet: concilium study start PLAN")
+
+
+def _described(plan: Plan, silos: int) -> str:
+    quorum = plan.validate_roster(silos)
+    model, ring = plan.model, plan.secure_sum.ring
+    widths = "-".join(str(width) for width in model.block_out_channels)
+    lines = [
+        f"{plan.study.name}: {plan.study.title}",
+        f"  images      {plan.data.channels}×{plan.data.image_size}×{plan.data.image_size}, uint8",
+        f"  model       {model.architecture} {widths}, predicts {plan.objective.prediction}",
+        f"  secure sum  {ring} bits a parameter; with {silos} silos threshold "
+        f"{quorum.threshold}, {quorum.colluders} colluders tolerated",
+        f"  rounds      {plan.rounds.count} of {plan.rounds.local_steps} local steps, "
+        f"strategy {plan.strategy.kind}",
+    ]
+    if plan.auxiliary and plan.warm_up:
+        lines.append(
+            f"  auxiliary   {plan.auxiliary.images} synthetic images leave the sites in an "
+            f"anonymous union, after {plan.warm_up.steps} local steps"
+        )
+    if plan.evaluation:
+        lines.append(
+            f"  evaluation  FID of {plan.evaluation.samples} samples with "
+            f"{plan.evaluation.feature_network}, every {plan.evaluation.every} rounds"
+        )
+    lines.append(f"  digest      {plan.digest().hex()}")
+    return "\n".join(lines)
