@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from coordinator import admin
+from coordinator import admin, records
+from coordinator.artifacts import Artifacts
 from coordinator.config import Home
 from coordinator.server import CoordinatorServer
 from coordinator.store import Store
@@ -479,8 +480,6 @@ class Federation:
         return next(s for s in admin.status(self.home).studies if s.id == study)
 
     def result(self, study: str, key: str) -> Any:
-        from coordinator import records
-
         store = Store(Home(self.home).database(Home(self.home).config()))
         try:
             return store.run(records.result, study, key)
@@ -509,3 +508,6 @@ class Federation:
             total += vector
         assert session["sum"] == hashlib.sha256(total).hexdigest()
         return survivors
+
+    def artifact(self, sha256: str) -> Path:
+        return Artifacts(Home(self.home).artifacts).path(bytes.fromhex(sha256))

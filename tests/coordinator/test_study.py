@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from coordinator import admin
+from diffusion.features.network import FEATURE_NETWORKS
 from tests.coordinator.federation import Federation, TestSilo, Vanish
 
 
@@ -51,3 +54,85 @@ async def test_a_study_ends_with_a_model_although_silos_vanish_in_between(tmp_pa
         assert (folder / "grids" / "round-003.png").exists()
         assert "data:image/png" in (folder / "index.html").read_text()
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+SHA256 = FEATURE_NETWORKS["digits"].sha256
+FEDDDPM_PLUS = f"""
+[warm_up]
+steps = 1
+
+[auxiliary]
+images = 40
+max_attempts = 3
+
+[strategy]
+kind = "fedddpm_plus"
+window = 1
+tau = 0.9
+correction_steps = 2
+
+[evaluation]
+feature_network = "digits"
+sha256 = "{SHA256}"
+feature_bound = 64.0
+samples = 16
+every = 2
+"""
+
+
+async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+
+        async def vanish(silo: TestSilo, where: str) -> None:
+            taking = next(iter(silo.studies.values()), None)
+            quantity = str(taking.context.quantity) if taking and taking.context else ""
+            if (where, quantity) == ("before upload", "images 1"):
+                raise Vanish
+
+        silos[2].hook = vanish
+        for silo in silos:
+            silo.start()
+        plan = federation.plan(rounds=2, more=FEDDDPM_PLUS)
+        study = admin.start_study(federation.home, plan)
+
+        def revive() -> bool:
+            if not silos[2].alive:
+                silos[2].start()
+            return federation.study(study).state == "finished"
+
+        await federation.until(revive, 60)
+        # The second sum lacked a silo of the first: both were void and slots were drawn anew.
+        assert federation.result(study, "images 1")["session"]["kind"] == "aborted"
+        assert federation.result(study, "images 2")["session"]["kind"] == "summed"
+        assert federation.exact(study, "census", "census 1") == [silo.name for silo in silos]
+
+        auxiliary = federation.result(study, "auxiliary")
+        offered = {
+            image.tobytes()
+            for silo in silos
+            for taking in silo.studies.values()
+            for image in taking.images
+        }
+        union = [
+            image.tobytes()
+            for part in ("training", "held_out")
+            for image in np.load(federation.artifact(auxiliary[part]))
+        ]
+        assert 20 <= len(union) == len(set(union)) <= 40
+        assert set(union) <= offered
+
+        report = json.loads((federation.study(study).folder / "report.json").read_text())
+        first, second = report["rounds"]
+        assert first["decision"]["correct"] is False
+        assert second["decision"]["correct"] is True
+        assert second["decision"]["numbers"]["tau"] == 0.9
+        assert {"training_loss", "loss_after"} == set(second["correction"])
+        assert "fid" not in first
+        assert second["fid"] > 0
+        assert report["auxiliary"]["images"] == len(union)
+        kinds = [
+            json.loads(line)["event"]
+            for line in (federation.study(study).folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert kinds == ["round", "decision", "round", "decision", "correction", "evaluation"]
