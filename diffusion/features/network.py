@@ -1,11 +1,12 @@
 """The feature network: a small convolutional classifier whose penultimate layer is the feature.
 
     x  = images as greyscale, resized, v·2/255 − 1              (n, 1, s, s)
-    f  = min(ReLU(W·convs(x) + b), FEATURE_BOUND)               (n, 64), within [0, FEATURE_BOUND]
+    f  = tanh(W·convs(x) + b)                                   (n, 64), within ±FEATURE_BOUND
     c  = mean of f over the held-out training images            (64,), public: it is stored with
     the weights
 
-f is bounded so that Σ(f − c) and Σ(f − c)(f − c)ᵀ fit a fixed-point range known in advance.
+f is bounded, so that each entry of f − c is at most CENTRED_BOUND and each of (f − c)(f − c)ᵀ at
+most its square: the sums fit a fixed-point range known in advance.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch.nn import functional
 Images = NDArray[np.uint8]
 
 FEATURES = 64
-FEATURE_BOUND = 6.0
+FEATURE_BOUND = 1.0
+CENTRED_BOUND = 2.0 * FEATURE_BOUND
 
 
 class FeatureFileError(ValueError):
@@ -45,13 +47,13 @@ class PinnedNetwork:
 FEATURE_NETWORKS = {
     "digits": PinnedNetwork(
         file="digits.safetensors",
-        sha256="4e4f009d1d49870e8efdd62e68132fce2aaaa8085b35a722fd19b623ee831d04",
+        sha256="9fb79a8912226791a58ea0d29720e44da22c67879da2f1e7ddf219bdcb70dfed",
         image_size=8,
         layers=((24, 1), (32, 1), (32, 2)),
     ),
     "fashion-mnist": PinnedNetwork(
         file="fashion-mnist.safetensors",
-        sha256="578e7811b3c7018e6dba198683d9a622770bdafdb88a210248a0bc3e9342975f",
+        sha256="b8802055349c7142cd7740b03105384f77d8f22dd19b32fd99571fcb49836241",
         image_size=28,
         layers=((16, 1), (32, 2), (36, 2), (36, 2)),
     ),
@@ -79,7 +81,7 @@ class FeatureNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (n, 64) of x (n, 1, s, s) in [−1, 1]."""
         hidden = self.convolutions(x).flatten(1)
-        features: torch.Tensor = self.project(hidden).clamp(0.0, FEATURE_BOUND)
+        features: torch.Tensor = self.project(hidden).tanh()
         return features
 
     @torch.no_grad()
