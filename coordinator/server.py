@@ -85,7 +85,7 @@ class CoordinatorServer:
     async def start(self) -> None:
         """Bind and serve. Raises ServerError where the port cannot be had."""
         await self._look()
-        server = grpc.aio.server(options=_OPTIONS)
+        server = self._server = grpc.aio.server(options=_OPTIONS)
         add_CoordinationServicer_to_server(self._service, server)
         enrolment = EnrolmentService(self._store, self._authority, self._door)
         add_EnrolmentServicer_to_server(enrolment, server)
@@ -100,7 +100,6 @@ class CoordinatorServer:
                 f"{self._home.config_file}"
             ) from error
         await server.start()
-        self._server = server
         self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
         log.info("coordinator.started", listen=bind, address=self._config.address)
 
