@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from secagg.ledger import History, Overruled
 from silo.config import SiloConfig, data_path, load_config
 from silo.data.cache import Cached, cache_dataset
 from silo.data.dataset import open_dataset
@@ -24,6 +25,7 @@ from silo.errors import ConfigError, SiloError
 from silo.files import make_folder, read_json, write_file
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, load_or_make_identity
+from silo.ledger import LedgerFile
 from silo.offers import Terms, offered_terms, pinned_terms, record, stored_decision
 
 _CONFIG = """\
@@ -120,6 +122,24 @@ def decline(home: Path, study: str, why: str) -> None:
     """Do not take part in `study` as last offered; the study centre reads `why`."""
     place = _study(home, study)
     record(place, _offered(place), accepted=False, rule=why or "declined by a person")
+
+
+def settle_doubt(home: Path, study: str) -> list[str]:
+    """Close for ever every session of `study` of which nothing proves how it ended; which those
+    were. For a person, after a talk with the other sites, with the agent stopped: if such a
+    session was summed after all, a later sum can be compared with it.
+
+    Raises LedgerError while the agent runs.
+    """
+    place = _study(home, study)
+    ledger = LedgerFile(place.ledger, place.name)
+    try:
+        doubtful = History.of(ledger.entries()).in_doubt
+        for session in doubtful:
+            ledger.append(Overruled(session.context.digest))
+    finally:
+        ledger.close()
+    return [f"session {s.context.session} ({s.context.quantity})" for s in doubtful]
 
 
 @dataclass(frozen=True)

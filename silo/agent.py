@@ -62,6 +62,7 @@ class Agent:
         client = Client(way_of(enrolment, identity), status.contact)
         self._tools = Tools(client, Worker(config.resources), status, config)
         self._studies: dict[str, tuple[Terms, asyncio.Task[None]]] = {}
+        self._wait = 0  # the first answer comes at once, and shows that the way is open
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -93,13 +94,15 @@ class Agent:
                 await step()
             except SiloError as error:
                 log.warning("not done", step=getattr(step, "__name__", ""), reason=str(error))
+                self._tools.status.contact(str(error))
                 await asyncio.sleep(_RETRY_SECONDS)
             except Exception:
                 log.exception("step failed", step=getattr(step, "__name__", ""))
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _look_for_offers(self) -> None:
-        task = await self._tools.client.next_task("", 0, _WAIT_SECONDS)
+        task = await self._tools.client.next_task("", 0, self._wait)
+        self._wait = _WAIT_SECONDS
         if task.WhichOneof("task") != "offer":
             return
         study = self._home.study(task.study)
@@ -193,6 +196,7 @@ async def run(home: Path) -> None:
 
     Raises SiloError where it cannot begin: wrong site.toml, not enrolled, another agent running.
     """
+    os.umask(0o077)
     place = SiloHome(home)
     config = load_config(place)
     held = lock(place.lock)

@@ -33,3 +33,7 @@ class RefusedByCoordinator(SiloError):
 
 class WorkFailed(SiloError):
     """The worker could not compute what a session needs."""
+
+
+class SessionOver(SiloError):
+    """The coordinator went on while this site was still computing; what was computed is kept."""

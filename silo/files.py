@@ -59,8 +59,10 @@ def move(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """A folder that nobody else can enter, and its parents."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """A folder that nobody else can enter, and its parents where they are missing."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 

@@ -7,6 +7,7 @@ coordinator asks again for whatever it did not get.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from silo.errors import (
     DataError,
     ProposalRefused,
     RefusedByCoordinator,
+    SessionOver,
     WorkFailed,
 )
 from silo.files import write_json
@@ -52,8 +54,11 @@ from silo.status import Status
 from silo.worker import Progress, Worker
 
 _WAIT_SECONDS = 20
+_LOOK_SECONDS = 5.0
 _LONGEST_REASON = 500
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
+# What may be different the next time: a message out of place, a session that is over, a full disk.
+_PASSING = (UnexpectedEvent, MalformedMessage, RefusedByCoordinator, SessionOver, OSError)
 _POINTS = {
     Step.ADVERTISE: "after-advertise",
     Step.SHARE: "after-share",
@@ -113,7 +118,13 @@ class Participation:
         except (DataError, WorkFailed) as error:
             # The text may hold paths and file names; it stays in this site's own log.
             await self._refuse(task, error, "this site could not compute its contribution")
-        except (UnexpectedEvent, MalformedMessage, RefusedByCoordinator, OSError) as error:
+        except (
+            UnexpectedEvent,
+            MalformedMessage,
+            RefusedByCoordinator,
+            SessionOver,
+            OSError,
+        ) as error:
             await self._wait_after(error)
         else:
             self._delay = _FIRST_DELAY
@@ -166,13 +177,42 @@ class Participation:
         self._show(
             session=context.session, quantity=str(context.quantity), phase="open", trouble=None
         )
-        vector = await self._quantities.prepare(
+        prepared = self._quantities.prepare(
             proposal,
             self.terms.roster,
             await self._fetch(proposal),
             lambda progress: self._report(context, progress),
         )
+        vector = await self._while_wanted(task.session, prepared)
         await self._send(task, await asyncio.to_thread(self._protocol.open, context, vector))
+
+    async def _while_wanted(self, session: int, prepared: Coroutine[None, None, Path]) -> Path:
+        """The vector; raises SessionOver when the coordinator goes on without waiting for it.
+
+        Hours of training for a session that is over would make this site late for the next.
+        """
+        work = asyncio.ensure_future(prepared)
+        over = asyncio.ensure_future(self._until_over(session))
+        try:
+            await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise SessionOver(f"session {session} went on without this site's contribution")
+            return work.result()
+        finally:
+            for task in (work, over):
+                task.cancel()
+            await asyncio.gather(work, over, return_exceptions=True)
+
+    async def _until_over(self, session: int) -> None:
+        """Returns when the coordinator has twice in a row wanted something else of this site: once
+        can be a coordinator that has just started."""
+        misses = 0
+        while misses < 2:
+            await asyncio.sleep(_LOOK_SECONDS)
+            name, settled = self._study.name, self._outcomes.settled
+            task = await self._tools.client.next_task(name, settled, 0)
+            wanted = task.session == session and task.WhichOneof("task") == "open"
+            misses = 0 if wanted else misses + 1
 
     def _pinned(self) -> Pinned:
         policy = self._tools.config.policy

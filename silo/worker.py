@@ -62,6 +62,8 @@ class Worker:
     ) -> R:
         """The answer to `order`. `progress` is a file that the worker may use to report with.
 
+        Cancelling ends the child: a later order starts another.
+
         Raises DataError for images that cannot be used, ProposalRefused for work that is not what
         the plan says, and WorkFailed for everything else.
         """
@@ -71,12 +73,12 @@ class Worker:
             watcher = asyncio.create_task(_watch(progress, on_progress))
             try:
                 return await self._run_twice(order, progress)
-            except SiloError:
+            except WorkFailed:
+                log.exception("order failed", order=type(order).__name__)
                 raise
-            except Exception as error:
-                name = type(order).__name__
-                log.exception("order failed", order=name)
-                raise WorkFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+            except asyncio.CancelledError:
+                self.kill()  # the order is not wanted any more; its checkpoint stays
+                raise
             finally:
                 watcher.cancel()
                 progress.unlink(missing_ok=True)
@@ -141,6 +143,7 @@ def _read_progress(path: Path) -> Progress | None:
 
 def _begin(niceness: int) -> None:
     """In the child, once."""
+    os.umask(0o077)
     os.nice(niceness)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends us
     parent = multiprocessing.parent_process()
@@ -154,10 +157,19 @@ def _end_with(sentinel: int) -> None:
 
 
 def _execute(order: Order[R], progress: Path) -> R:
-    """In the child, for each order. Only here is torch imported."""
+    """In the child, for each order. Only here is torch imported.
+
+    Exceptions travel by pickle, which not all of them survive; ours do.
+    """
     from silo.jobs import execute
 
-    return execute(order, ProgressFile(progress))
+    try:
+        return execute(order, ProgressFile(progress))
+    except SiloError:
+        raise
+    except Exception as error:
+        name = type(order).__name__
+        raise WorkFailed(f"{name} failed: {type(error).__name__}: {error}") from error
 
 
 class ProgressFile:

@@ -41,6 +41,17 @@ sha256 = "{sha256}"
 samples = 8
 """
 
+FEDAVG = (
+    PLAN.split("[warm_up]")[0]
+    + """
+[deadlines]
+advertise = 60
+[rounds]
+count = 3
+local_steps = 2
+"""
+)
+
 
 def make_plan(old: str = "", new: str = "", sha256: str = "ab" * 32) -> Plan:
     text = PLAN.replace("{sha256}", sha256)

@@ -1,0 +1,134 @@
+"""Joining and renewing with a real coordinator; what a person reads when it does not work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from coordinator import admin as centre_admin
+from coordinator.authority import Authority
+from silo import admin
+from silo.client import Client
+from silo.enrolment import renew, way_of
+from silo.errors import EnrolmentError, RefusedByCoordinator
+from silo.home import SiloHome
+from silo.identity import load_enrolment, load_or_make_identity
+from tests.silo.centre import Centre, enrol, free_port, make_site
+
+
+@pytest.fixture
+async def centre(tmp_path: Path) -> AsyncIterator[Centre]:
+    made = Centre(tmp_path / "centre")
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def refused(home: Path, token: str) -> str:
+    with pytest.raises(EnrolmentError) as error:
+        await admin.join(home, token, lambda _: None)
+    return str(error.value)
+
+
+async def test_both_sides_read_the_same_fingerprint_and_the_certificate_works(
+    centre: Centre, tmp_path: Path
+) -> None:
+    home = make_site(tmp_path, "north")
+    shown: list[str] = []
+    token = centre_admin.invite(centre.home, "north")
+    joining = asyncio.create_task(admin.join(home, token, shown.append))
+    seen = await centre.approve("north")
+    enrolment = await joining
+    assert shown == [seen]
+    identity = load_or_make_identity(SiloHome(home))
+    client = Client(way_of(enrolment, identity), lambda _: None)
+    assert (await client.next_task("", 0, 0)).WhichOneof("task") == "idle"
+    # A fresh certificate: new calls use it while the old channel drains.
+    waiting = asyncio.create_task(client.next_task("", 0, 1))
+    await asyncio.sleep(0.2)
+    fresh = await renew(SiloHome(home), identity, client)
+    assert fresh.certificate_pem != enrolment.certificate_pem
+    assert load_enrolment(SiloHome(home)) == fresh
+    assert (await client.next_task("", 0, 0)).WhichOneof("task") == "idle"
+    assert (await waiting).WhichOneof("task") == "idle"
+    centre_admin.revoke(centre.home, "north")
+    await asyncio.sleep(1.2)
+    with pytest.raises(RefusedByCoordinator, match="revoked"):
+        await client.next_task("", 0, 0)
+    await client.close()
+
+
+async def test_join_goes_on_after_it_was_interrupted(centre: Centre, tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    token = centre_admin.invite(centre.home, "north")
+    shown: list[str] = []
+    first = asyncio.create_task(admin.join(home, token, shown.append))
+    while not shown:
+        await asyncio.sleep(0.05)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    again = asyncio.create_task(admin.join(home, token, shown.append))
+    await centre.approve("north")
+    await again
+    assert len(set(shown)) == 1
+
+
+async def test_tokens_that_cannot_be_used_say_why(centre: Centre, tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    token = centre_admin.invite(centre.home, "north")
+    assert "a token starts with" in await refused(home, "hello")
+    assert "damaged" in await refused(home, token[:-9])
+    other = centre_admin.invite(centre.home, "south")
+    assert "is for 'south', this site is 'north'" in await refused(home, other)
+    expired = centre_admin.invite(centre.home, "north", valid_hours=1e-7)
+    await asyncio.sleep(1.0)
+    assert "expired" in await refused(home, expired)
+    newer = centre_admin.invite(centre.home, "north")
+    assert "replaced by a later one" in await refused(home, token)
+    await enrol_with(centre, home, newer)
+    thief = make_site(tmp_path / "thief", "north")
+    assert "does not take this invitation" in await refused(thief, newer)
+
+
+async def enrol_with(centre: Centre, home: Path, token: str) -> None:
+    joining = asyncio.create_task(admin.join(home, token, lambda _: None))
+    await centre.approve("north")
+    await joining
+
+
+async def test_an_address_that_does_not_answer_is_told_from_one_that_is_not_trusted(
+    centre: Centre, tmp_path: Path
+) -> None:
+    home = make_site(tmp_path, "north")
+    Authority.create(tmp_path / "other")
+    other = Authority.load(tmp_path / "other")
+    forged = other.invitation("north", "ab" * 16, centre.address, 1.0).encode()
+    assert "another authority" in await refused(home, forged)
+    nowhere = f"127.0.0.1:{free_port()}"
+    lost = other.invitation("north", "ab" * 16, nowhere, 1.0).encode()
+    assert f"{nowhere} cannot be reached" in await refused(home, lost)
+
+
+async def test_an_agent_that_has_not_joined_says_what_to_do(tmp_path: Path) -> None:
+    from silo.agent import run
+
+    home = make_site(tmp_path, "north")
+    with pytest.raises(EnrolmentError, match="concilium silo join"):
+        await run(home)
+
+
+async def test_a_second_agent_on_the_same_home_is_refused(centre: Centre, tmp_path: Path) -> None:
+    from silo.agent import run
+    from silo.files import InUse
+
+    home = make_site(tmp_path, "north")
+    await enrol(centre, home, "north")
+    running = asyncio.create_task(run(home))
+    await asyncio.sleep(0.3)
+    with pytest.raises(InUse, match="held by another agent"):
+        await run(home)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

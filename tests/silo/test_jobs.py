@@ -1,0 +1,213 @@
+"""What the worker computes: encoded rounds and residuals, the local model, samples, moments."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion.features.network import FEATURE_NETWORKS, load_feature_network
+from diffusion.frechet import moments
+from diffusion.model import build_model, load_vector, parameter_layout, to_vector
+from silo.errors import ProposalRefused
+from silo.jobs.local import sample_local, train_local
+from silo.jobs.moments import feature_moments
+from silo.jobs.publish import publish_model
+from silo.jobs.round import train_round
+from silo.jobs.training import first_model, model_sha256
+from silo.orders import FeatureMoments, Machine, PublishModel, SampleLocal, TrainLocal, TrainRound
+from silo.worker import ProgressFile
+from study.quantity import (
+    MomentsWork,
+    RoundWork,
+    decode_work,
+    delta_encoding,
+    encode_work,
+    moments_encoding,
+)
+from tests.silo.studies import make_plan
+
+CPU = Machine("cpu", None)
+SHA256 = FEATURE_NETWORKS["digits"].sha256
+PLAN = make_plan(sha256=SHA256)
+SIZES = tuple(int(np.prod(shape)) for _, shape, _ in parameter_layout(build_model(PLAN.model)))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    np.save(tmp_path / "images.npy", rng.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
+    return tmp_path / "images.npy"
+
+
+@pytest.fixture
+def order(tmp_path: Path, images: Path) -> TrainRound:
+    to_vector(first_model(PLAN)).astype("<f4").tofile(tmp_path / "model")
+    work = RoundWork(total_count=40, sizes=SIZES, clips=(1.0,) * len(SIZES))
+    return TrainRound(
+        machine=CPU,
+        plan=PLAN.toml(),
+        round=1,
+        silos=4,
+        work=encode_work(work),
+        model=tmp_path / "model",
+        images=images,
+        count=20,
+        seed=11,
+        residual=tmp_path / "residual.npy",
+        vector=tmp_path / "vector",
+        new_residual=tmp_path / "new.npy",
+        checkpoint=tmp_path / "checkpoint",
+    )
+
+
+@pytest.fixture
+def progress(tmp_path: Path) -> ProgressFile:
+    return ProgressFile(tmp_path / "progress")
+
+
+def encoding_of(order: TrainRound):  # type: ignore[no-untyped-def]
+    work = decode_work(order.work)
+    assert isinstance(work, RoundWork)
+    return delta_encoding(work, order.silos, PLAN.secure_sum.ring)
+
+
+def test_a_round_encodes_the_weighted_delta_and_keeps_what_is_left_over(
+    order: TrainRound, progress: ProgressFile, tmp_path: Path
+) -> None:
+    done = train_round(order, progress)
+    assert not done.fault
+    encoding = encoding_of(order)
+    decoded = encoding.decode(np.fromfile(order.vector, "<u2"))
+    assert decoded.loss == pytest.approx(done.loss / 2, abs=1e-6), "weight 20 of 40"
+    # What is encoded and what is carried make up the delta, element by element.
+    delta = 2 * decoded.mean_delta + np.load(order.new_residual)
+    again = replace(order, vector=tmp_path / "v2", new_residual=tmp_path / "n2.npy")
+    train_round(again, progress)
+    other = 2 * encoding.decode(np.fromfile(again.vector, "<u2")).mean_delta
+    assert np.allclose(delta, other + np.load(again.new_residual), atol=1e-6)
+    assert not np.array_equal(np.fromfile(order.vector, "<u2"), np.fromfile(again.vector, "<u2"))
+    assert np.abs(delta).max() > 1e-4
+
+
+def test_the_residual_of_earlier_rounds_is_added(order: TrainRound, progress: ProgressFile) -> None:
+    train_round(order, progress)
+    encoding = encoding_of(order)
+    without = encoding.decode(np.fromfile(order.vector, "<u2")).mean_delta
+    np.save(order.residual, np.full(sum(SIZES), 0.25, dtype=np.float32))
+    train_round(order, progress)
+    with_residual = encoding.decode(np.fromfile(order.vector, "<u2")).mean_delta
+    assert np.allclose(with_residual - without, 0.125, atol=1e-3)
+
+
+def test_a_model_made_to_break_training_gives_zeros_and_a_flag_inside_the_sum(
+    order: TrainRound, progress: ProgressFile
+) -> None:
+    np.save(order.residual, np.full(sum(SIZES), 0.5, dtype=np.float32))
+    broken = np.full(sum(SIZES), np.nan, dtype="<f4")
+    broken.tofile(order.model)
+    done = train_round(replace(order, round=2), progress)
+    assert done.fault
+    assert done.first_bad_step == 0
+    decoded = encoding_of(order).decode(np.fromfile(order.vector, "<u2"))
+    assert decoded.faults == 1
+    assert not decoded.mean_delta.any()
+    assert np.all(np.load(order.new_residual) == 0.5), "the old residual is kept"
+
+
+def test_the_first_model_must_be_the_one_that_the_seed_gives(
+    order: TrainRound, progress: ProgressFile
+) -> None:
+    changed = np.fromfile(order.model, "<f4")
+    changed[7] += 1e-3
+    changed.tofile(order.model)
+    with pytest.raises(ProposalRefused, match="first model is not the one"):
+        train_round(order, progress)
+    train_round(replace(order, round=2), progress)
+
+
+def test_sizes_other_than_the_model_s_are_refused(
+    order: TrainRound, progress: ProgressFile
+) -> None:
+    work = RoundWork(total_count=40, sizes=(sum(SIZES),), clips=(1.0,))
+    with pytest.raises(ProposalRefused, match="tensor sizes"):
+        train_round(replace(order, work=encode_work(work)), progress)
+
+
+def test_an_interrupted_round_goes_on_from_its_checkpoint(
+    order: TrainRound, progress: ProgressFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = make_plan("local_steps = 2", "local_steps = 6", sha256=SHA256)
+    order = replace(order, plan=long.toml())
+    train_round(order, progress)
+    whole = 2 * encoding_of(order).decode(np.fromfile(order.vector, "<u2")).mean_delta
+    whole += np.load(order.new_residual)
+    steps: list[int] = []
+
+    def die(activity: str, step: int, total: int) -> None:
+        steps.append(step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("silo.jobs.round.SAVE_EVERY", 3)
+    with pytest.raises(KeyboardInterrupt):
+        train_round(order, die)  # type: ignore[arg-type]
+    train_round(order, die)  # type: ignore[arg-type]
+    assert steps == [1, 2, 3, 4, 4, 5, 6]
+    resumed = 2 * encoding_of(order).decode(np.fromfile(order.vector, "<u2")).mean_delta
+    assert np.allclose(whole, resumed + np.load(order.new_residual), atol=1e-6)
+    assert not order.checkpoint.exists()
+
+
+def test_local_model_is_sampled_and_copies_of_training_images_are_dropped(
+    images: Path, tmp_path: Path, progress: ProgressFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.npy"
+    train_local(
+        TrainLocal(CPU, PLAN.toml(), images, 5, weights, tmp_path / "local.checkpoint"), progress
+    )
+    order = SampleLocal(CPU, PLAN.toml(), images, weights, 5, 0, 6, tmp_path / "kept.npy")
+    report = sample_local(order, progress)
+    first = np.load(order.kept)
+    assert (report.samples, report.kept) == (6, len(first))
+    assert first.dtype == np.uint8
+    assert first.shape[1:] == (1, 8, 8)
+    # Numbers go on: samples 3 … 5 are the same images, and a model that copies is caught.
+    sample_local(replace(order, first=3, samples=3, kept=tmp_path / "more.npy"), progress)
+    training = np.load(images)
+    monkeypatch.setattr("silo.jobs.local.sample", lambda *_, **__: training[:5])
+    caught = sample_local(replace(order, kept=tmp_path / "none.npy"), progress)
+    assert caught.kept == 0
+
+
+def test_moments_are_those_of_the_features_about_the_public_centre(
+    images: Path, tmp_path: Path, progress: ProgressFile
+) -> None:
+    work = MomentsWork(total_count=80, network="digits", sha256=SHA256, dimension=64, bound=64.0**2)
+    order = FeatureMoments(CPU, 4, encode_work(work), images, tmp_path / "vector")
+    assert feature_moments(order, progress).clipped == 0
+    values = moments_encoding(work, 4).decode(np.fromfile(order.vector, "<u4"), 1).values * 80
+    network = load_feature_network("digits")
+    expected = moments(network.extract(np.load(images)), network.public_center())
+    assert values[0] == pytest.approx(20)
+    assert np.allclose(values[1:65], expected.total, atol=1e-6)
+    assert np.allclose(values[65:], expected.outer[np.triu_indices(64)], atol=1e-6)
+    other = work.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(ProposalRefused, match="not one that this version ships"):
+        feature_moments(replace(order, work=encode_work(other)), progress)
+
+
+def test_the_final_model_becomes_a_folder_that_diffusers_loads(
+    order: TrainRound, tmp_path: Path
+) -> None:
+    from diffusion.model import load_pipeline
+
+    publish_model(PublishModel(CPU, PLAN.toml(), order.model, tmp_path / "published"))
+    unet = load_pipeline(tmp_path / "published").unet
+    model = build_model(PLAN.model)
+    load_vector(model, np.fromfile(order.model, "<f4"))
+    assert np.array_equal(to_vector(unet), to_vector(model))
+    assert model_sha256(model) == hashlib.sha256(order.model.read_bytes()).digest()

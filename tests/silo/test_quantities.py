@@ -1,0 +1,233 @@
+"""What is kept between sessions: vectors, residuals, the pool; what is never given twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from secagg.context import SessionContext
+from secagg.ledger import SessionRecord, Settled
+from silo.auxiliary import Auxiliary
+from silo.config import Data, SiloConfig, Site
+from silo.errors import DataError, ProposalRefused
+from silo.home import SiloHome
+from silo.jobs.images import cache_images
+from silo.orders import (
+    CacheImages,
+    LocalTrained,
+    Machine,
+    RoundTrained,
+    Sampled,
+    SampleLocal,
+    TrainLocal,
+    TrainRound,
+)
+from silo.proposal import Proposal
+from silo.quantities import Quantities
+from study.integers import Integers
+from study.quantity import (
+    CensusWork,
+    ImagesWork,
+    RoundWork,
+    TagsWork,
+    Work,
+    count_encoding,
+    session_context,
+)
+from study.reservation import collect
+from tests.silo.studies import make_plan, make_roster
+
+PLAN = make_plan()
+ROSTER, _ = make_roster(PLAN)
+ROUND = RoundWork(total_count=400, sizes=(10,), clips=(1.0,))
+
+
+@dataclass
+class FakeWorker:
+    """Answers orders at once, with files of the right kind; the real ones are in test_jobs."""
+
+    machine: Machine = field(default_factory=lambda: Machine("cpu", 1))
+    orders: list[Any] = field(default_factory=list)
+    passing: float = 1.0
+
+    async def run(self, order: Any, progress: Path, on_progress: object) -> Any:
+        self.orders.append(order)
+        match order:
+            case CacheImages():
+                return cache_images(order, lambda *_: None)  # type: ignore[arg-type]
+            case TrainRound():
+                np.full(12, len(self.orders), "<u2").tofile(order.vector)
+                np.save(order.new_residual, np.full(10, len(self.orders), np.float32))
+                return RoundTrained(0.5, 0, False, None)
+            case TrainLocal():
+                np.save(order.weights, np.zeros(3, np.float32))
+                return LocalTrained(0.5, None)
+            case SampleLocal():
+                numbers = np.arange(order.first, order.first + int(order.samples * self.passing))
+                images = np.zeros((len(numbers), 1, 8, 8), np.uint8)
+                images[:, 0, 0, 0] = numbers
+                np.save(order.kept, images)
+                return Sampled(order.samples, len(images), 0.1)
+        raise AssertionError(order)
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(order, kind) for order in self.orders)
+
+
+class Place:
+    """A site with 30 images."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.data = tmp_path / "x.npz"
+        np.savez(self.data, images=np.zeros((34, 8, 8), dtype=np.uint8))
+        self.home = SiloHome(tmp_path / "home")
+        self.home.cache.mkdir(exist_ok=True)
+        self.study = self.home.study("trial")
+        self.config = SiloConfig(site=Site(name="site-1"), data=Data(path=str(self.data)))
+        self.worker = FakeWorker()
+
+    def quantities(self) -> Quantities:
+        worker: Any = self.worker
+        return Quantities(self.home, self.study, PLAN, self.config, worker)
+
+    async def prepare(self, context: SessionContext, work: Work) -> bytes:
+        artifact = self.study.path / "artifact"
+        proposal = Proposal(context, work, None)
+        vector = await self.quantities().prepare(proposal, ROSTER, artifact, lambda _: None)
+        return vector.read_bytes()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def context_of(work: Work, round: int = 1, session: int = 1, **changes: Any) -> SessionContext:
+    context = session_context(ROSTER, PLAN.digest(), 16, work, session=session, round=round)
+    return replace(context, **changes)
+
+
+def settled(context: SessionContext, *, summed: bool, included: bool) -> SessionRecord:
+    end = Settled(context.digest, bytes(32), summed, included)
+    return SessionRecord(context, masked=True, settled=end)
+
+
+def residual(place: Place) -> float | None:
+    return float(np.load(place.study.residual)[0]) if place.study.residual.exists() else None
+
+
+async def test_the_census_holds_the_coarse_count(place: Place) -> None:
+    vector = await place.prepare(context_of(CensusWork()), CensusWork())
+    encoding: Integers = count_encoding(4)
+    assert encoding.decode(np.frombuffer(vector, "<u4")) == {"count": 34}
+    assert await place.quantities().count() == 34
+
+
+async def test_a_session_that_is_tried_again_sums_the_very_same_vector(place: Place) -> None:
+    first = await place.prepare(context_of(ROUND, session=1), ROUND)
+    place.quantities().settle(settled(context_of(ROUND, session=1), summed=False, included=False))
+    assert await place.prepare(context_of(ROUND, session=2), ROUND) == first
+    assert place.worker.count(TrainRound) == 1
+    other = context_of(ROUND, session=3, model=b"m" * 32)
+    assert await place.prepare(other, ROUND) != first
+    assert place.worker.count(TrainRound) == 2
+
+
+async def test_the_residual_is_replaced_only_by_an_outcome_that_includes_us(place: Place) -> None:
+    def trained(round: int) -> SessionContext:
+        return context_of(ROUND, round, session=round, model=bytes([round]) * 32)
+
+    await place.prepare(trained(1), ROUND)
+    assert residual(place) is None, "not before the outcome is known"
+    place.quantities().settle(settled(trained(1), summed=True, included=True))
+    assert residual(place) == 2
+    place.quantities().settle(settled(trained(1), summed=True, included=True))
+    assert residual(place) == 2, "settling twice changes nothing"
+    await place.prepare(trained(2), ROUND)
+    place.quantities().settle(settled(trained(2), summed=True, included=False))
+    assert residual(place) == 2, "dropped: what it was"
+    await place.prepare(trained(3), ROUND)
+    place.quantities().settle(settled(trained(3), summed=False, included=False))
+    assert residual(place) == 2, "aborted: what it was"
+    place.quantities().settle(settled(trained(3), summed=True, included=True))
+    assert residual(place) == 4
+
+
+async def test_the_data_are_those_that_the_study_began_with(place: Place) -> None:
+    await place.prepare(context_of(CensusWork()), CensusWork())
+    np.savez(place.data, images=np.zeros((90, 8, 8), dtype=np.uint8))
+    assert await place.quantities().count() == 34
+    for file in sorted(place.home.cache.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    with pytest.raises(DataError, match="not those that this study began with"):
+        await place.quantities().count()
+
+
+# --- the auxiliary set
+
+
+TAGS = TagsWork(total_count=100, images=24, slots=192)
+
+
+def auxiliary(place: Place) -> Auxiliary:
+    async def run(order: Any) -> Any:
+        return await place.worker.run(order, Path(), None)
+
+    return Auxiliary(place.study, PLAN, place.worker.machine, 1, run)
+
+
+async def offer(place: Place, attempt: int, count: int = 50) -> np.ndarray:
+    """Tags and images of one silo alone: the union is what it offers."""
+    images = place.study.path / "images.npy"
+    total = np.frombuffer(await auxiliary(place).tags(attempt, TAGS, count, images), "<u4")
+    (place.study.path / "sum").write_bytes(total.tobytes())
+    occupied = int(np.count_nonzero(total))
+    work = ImagesWork(tags="0" * 64, occupied=occupied, record_size=65)
+    vector = auxiliary(place).images(attempt, work, place.study.path / "sum")
+    return collect(np.frombuffer(vector, np.uint8), (1, 8, 8))[:, 0, 0, 0]
+
+
+async def test_a_silo_offers_its_share_and_no_sample_twice(place: Place) -> None:
+    first = await offer(place, 1)
+    second = await offer(place, 2)
+    assert 4 <= len(first) <= 12, "half of 24, less those it collided with itself"
+    assert len(set(first) | set(second)) == len(first) + len(second)
+    assert place.worker.count(TrainLocal) == 1
+    with np.load(place.study.pool / "reservation-1.npz") as reserved:
+        assert len(reserved["slots"]) == 12
+
+
+async def test_samples_count_as_offered_once_slots_are_drawn(place: Place) -> None:
+    images = place.study.path / "images.npy"
+    await auxiliary(place).tags(1, TAGS, 50, images)
+    await auxiliary(place).tags(1, TAGS, 50, images)
+    with np.load(place.study.pool / "reservation-1.npz") as reserved:
+        assert int(reserved["first"]) == 12
+
+
+async def test_a_model_that_copies_offers_fewer_samples_and_ends(place: Place) -> None:
+    place.worker.passing = 0.05
+    images = place.study.path / "images.npy"
+    await auxiliary(place).tags(1, TAGS, 50, images)
+    with np.load(place.study.pool / "reservation-1.npz") as reserved:
+        assert len(reserved["slots"]) < 12
+    place.worker.passing = 0.0
+    await auxiliary(place).tags(2, TAGS, 50, images)
+    assert place.worker.count(SampleLocal) < 20
+
+
+async def test_a_sum_of_tags_that_is_not_as_announced_is_refused(place: Place) -> None:
+    total = await auxiliary(place).tags(1, TAGS, 50, place.study.path / "images.npy")
+    path = place.study.path / "sum"
+    path.write_bytes(total)
+    wrong = ImagesWork(tags="0" * 64, occupied=3, record_size=65)
+    with pytest.raises(ProposalRefused, match="3 slots are said to be occupied"):
+        auxiliary(place).images(1, wrong, path)
+    occupied = int(np.count_nonzero(np.frombuffer(total, "<u4")))
+    right = wrong.model_copy(update={"occupied": occupied})
+    with pytest.raises(ProposalRefused, match="reserved no slots"):
+        auxiliary(place).images(2, right, path)
