@@ -2,8 +2,8 @@
 
 All in float32 by torch's own kernels: float32 tensors whole, half-precision ones converted in
 chunks that stay in cache, because torch's half-precision GroupNorm for channels_last is slower than
-that, several times so in the backward pass. Its channels_last variance is E[x^2] - E[x]^2, which loses every digit where the
-mean is large: such samples are centred first.
+that, several times so in the backward pass. Its channels_last variance is E[x^2] - E[x]^2, which
+loses every digit where the mean is large: such samples are centred first.
 """
 
 from __future__ import annotations
