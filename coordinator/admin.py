@@ -90,6 +90,8 @@ def init(home: Path, address: str, listen: str | None = None) -> str:
     """
     place = Home(home)
     config = new_config(address, listen)
+    if place.config_file.exists():
+        raise AdminError(f"{home} is a coordinator's folder already: keep it, or name another")
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority = Authority.create(place.authority)
     descriptor = os.open(place.config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

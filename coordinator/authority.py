@@ -17,6 +17,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,6 +68,7 @@ class Authority:
         self, folder: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
     ) -> None:
         self._folder, self._key, self.certificate = folder, key, certificate
+        self._lock = threading.Lock()
 
     @classmethod
     def create(cls, folder: Path, now: datetime | None = None) -> Authority:
@@ -111,24 +113,22 @@ class Authority:
         return ":".join(f"{byte:02X}" for byte in self.certificate.fingerprint(hashes.SHA256()))
 
     def server_credentials(self, host: str, now: datetime | None = None) -> tuple[bytes, bytes]:
-        """(key, certificate chain) of the server, both PEM, made anew after two thirds of its
-        life or when it is for another host."""
-        key_file, certificate_file = self._folder / "server.key", self._folder / "server.pem"
-        if certificate_file.exists() and key_file.exists():
-            certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
-            age = (now or datetime.now(UTC)) - certificate.not_valid_before_utc
-            alternative = certificate.extensions.get_extension_for_class(
-                x509.SubjectAlternativeName
-            )
-            if age < timedelta(days=_SERVER_DAYS) * 2 / 3 and alternative.value == _host(host):
-                return key_file.read_bytes(), certificate_file.read_bytes()
-        key = ec.generate_private_key(ec.SECP256R1())
-        issued = self._issue(
-            host, key.public_key(), _host(host), _SERVER, timedelta(days=_SERVER_DAYS), now
-        )
-        _write_private(key_file, _key_pem(key))
-        certificate_file.write_bytes(issued.pem)
-        return _key_pem(key), issued.pem
+        """(key, certificate) of the server, both PEM, made anew after two thirds of its life or
+        when it is for another host. May be called from any thread."""
+        file = self._folder / "server.pem"  # both in one file: they can never be of different age
+        with self._lock:
+            if file.exists():
+                content = file.read_bytes()
+                certificate = x509.load_pem_x509_certificate(content)
+                names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+                age = (now or datetime.now(UTC)) - certificate.not_valid_before_utc
+                if age < timedelta(days=_SERVER_DAYS) * 2 / 3 and names.value == _host(host):
+                    key_pem, _, _ = content.partition(b"-----BEGIN CERTIFICATE")
+                    return key_pem, _pem(certificate)
+            key, life = ec.generate_private_key(ec.SECP256R1()), timedelta(days=_SERVER_DAYS)
+            issued = self._issue(host, key.public_key(), _host(host), _SERVER, life, now)
+            _write_private(file, _key_pem(key) + issued.pem)
+            return _key_pem(key), issued.pem
 
     def invitation(
         self, site: str, token: str, address: str, hours: float, now: datetime | None = None

@@ -18,6 +18,9 @@ from sqlalchemy import Connection, delete, insert, select, update
 from coordinator.registry import record_contacts
 from coordinator.schema import progress, traffic
 
+# The time of the last contact in the store is at most this old while a silo waits in a long poll.
+_NOTE_EVERY = 5.0
+
 
 class Bell:
     """Wakes everybody who waits for a change; whoever waits looks again at what it waits for."""
@@ -60,6 +63,7 @@ class Contacts:
         self._progress: dict[tuple[str, str], Progress] = {}
         self._traffic: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         self._fresh: set[str] = set()
+        self._noted: dict[str, float] = {}
 
     @contextmanager
     def call(self, site: str) -> Iterator[None]:
@@ -95,11 +99,14 @@ class Contacts:
 
     def take(self) -> News:
         """What is new since the last time."""
-        live = self._fresh | {site for site, calls in self._calls.items() if calls}
         now = time.time()
+        open_calls = {site for site, calls in self._calls.items() if calls}
+        live = {s for s in open_calls if now - self._noted.get(s, 0.0) > _NOTE_EVERY}
+        live |= {s for s in self._fresh if now - self._noted.get(s, 0.0) > _NOTE_EVERY / 5}
+        self._noted.update(dict.fromkeys(live, now))
         seen = {site: now if self._calls[site] else self._seen[site] for site in live}
         news = News(seen, self._progress, self._traffic)
-        self._fresh, self._progress = set(), {}
+        self._fresh, self._progress = self._fresh - live, {}
         self._traffic = defaultdict(lambda: [0, 0])
         return news
 
@@ -111,6 +118,9 @@ class News:
     seen: dict[str, float]
     progress: dict[tuple[str, str], Progress]
     traffic: Mapping[tuple[str, str], list[int]]
+
+    def __bool__(self) -> bool:
+        return bool(self.seen or self.progress or self.traffic)
 
 
 def record(c: Connection, news: News) -> None:

@@ -19,9 +19,9 @@ from coordinator.authority import Peer, peer_of
 from coordinator.contacts import Contacts
 from coordinator.records import NoSuchStudy
 from coordinator.registry import RegistryError
-from coordinator.sessions import NotYet
 from coordinator.spool import DiskFull, UploadRefused, WrongOffset
-from coordinator.studies import Denied
+from coordinator.studies import Denied, Resuming
+from coordinator.uploads import NotYet
 from coordinator.wire import BadRequest, check
 from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
 
@@ -43,6 +43,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (Refused, grpc.StatusCode.FAILED_PRECONDITION),
     (UnexpectedEvent, grpc.StatusCode.FAILED_PRECONDITION),
     (NotYet, grpc.StatusCode.FAILED_PRECONDITION),
+    (Resuming, grpc.StatusCode.UNAVAILABLE),
     (Denied, grpc.StatusCode.PERMISSION_DENIED),
     (NoSuchStudy, grpc.StatusCode.PERMISSION_DENIED),
     (RegistryError, grpc.StatusCode.PERMISSION_DENIED),

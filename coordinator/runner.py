@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from coordinator import jobs, records
+from coordinator import jobs, records, registry
 from coordinator.aggregation import aggregate, census_total
 from coordinator.config import Home
 from coordinator.jobs import Machine
@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 Json = dict[str, Any]
 _GRID, _FINAL_GRID = 40, 100
+_LOOK_EVERY = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
@@ -95,10 +96,10 @@ class Runner:
         """Wait until every site has answered, and start if enough of them accepted."""
         live = self._live
         await self._stage("waits for the sites' answers to the offer")
-        while len(live.answers) < live.roster.size:
+        while await self._unanswered():
             await self._summing.may_go_on()
-            await live.bell.wait(60)
-        accepted = [m.name for m in live.roster.members if live.answers[m.name]]
+            await live.bell.wait(_LOOK_EVERY)
+        accepted = [m.name for m in live.roster.members if live.answers.get(m.name)]
         if len(accepted) < live.roster.threshold:
             said = await self._tools.store.do(records.answers_of, live.id)
             rules = "; ".join(f"{site}: {rule}" for site, (yes, rule) in said.items() if not yes)
@@ -107,6 +108,12 @@ class Runner:
                 f"{live.roster.threshold} ({rules}): change the plan, or start it with other sites"
             )
         return {"accepted": accepted}
+
+    async def _unanswered(self) -> list[str]:
+        """Sites that have not said yes or no, but for those that were shut out meanwhile."""
+        known = {site.name: site for site in await self._tools.store.do(registry.all_sites)}
+        names = [member.name for member in self._live.roster.members]
+        return [n for n in names if n not in self._live.answers and known[n].status == "approved"]
 
     async def _census(self) -> Json:
         """Σñ. Who is not in it has no weight, and rests until the next roster epoch."""

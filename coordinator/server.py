@@ -145,27 +145,28 @@ class CoordinatorServer:
 
     async def _look(self) -> None:
         """See what the command line changed, and write down who is in contact."""
-        await self._store.do(signs_of_life.record, self._contacts.take())
+        news = self._contacts.take()
+        if news:
+            await self._store.do(signs_of_life.record, news)
         if self._door.admit(await self._store.do(registry.admitted)):
             self._studies.wake()
         for row in await self._store.do(records.all_studies):
             if row.id not in self._studies:
-                self._take_up(row)
+                self._take_up(await self._store.do(LiveStudy.load, row))
                 continue
             live = self._studies.of(row.id)
             if live.row.wanted != row.wanted:
                 live.row = row
                 live.bell.ring()
 
-    def _take_up(self, row: records.StudyRow) -> None:
-        live = LiveStudy.load(self._store, row)
+    def _take_up(self, live: LiveStudy) -> None:
         self._studies.add(live)
-        if row.over:
+        if live.row.over:
             return
         config = self._config
         machine = Machine(config.device, config.worker_threads)
         runner = Runner(self._home, self._tools, self._worker, machine, live, config.absent_after)
-        self._tasks.append(asyncio.create_task(runner.run(), name=f"run {row.id}"))
+        self._tasks.append(asyncio.create_task(runner.run(), name=f"run {live.id}"))
 
 
 async def serve(home: Path) -> None:

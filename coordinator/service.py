@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,12 +11,11 @@ from coordinator import records
 from coordinator.contacts import Progress
 from coordinator.door import Caller, Context, Door, NotFound
 from coordinator.sessions import Tools
-from coordinator.spool import MAX_CHUNK, Incoming, UploadRefused
+from coordinator.spool import UploadRefused
 from coordinator.studies import Denied, LiveStudy, Studies
 from coordinator.wire import BadRequest, check, parcels_of
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationServicer
-from secagg import coordinator as core
 from secagg.errors import Reason, Refused
 from secagg.messages import Signed
 
@@ -32,8 +30,6 @@ class CoordinationService(CoordinationServicer):
     def __init__(self, tools: Tools, door: Door, studies: Studies, largest_vector: int) -> None:
         self._tools, self._door, self._studies = tools, door, studies
         self._largest_vector = largest_vector
-        self._uploads: defaultdict[tuple[str, int, int], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._newest: dict[tuple[str, int, int], Incoming] = {}
         self.closing = False
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.Task:
@@ -128,65 +124,35 @@ class CoordinationService(CoordinationServicer):
         self, request_iterator: AsyncIterator[pb.UploadChunk], context: Context
     ) -> pb.UploadReply:
         async with self._door.silo(context, None) as caller:
-            upload: Incoming | None = None
-            key = ("", 0, 0)
-            try:
-                async for chunk in request_iterator:
-                    caller.check()
-                    self._check_chunk(chunk, first=upload is None)
-                    if upload is None:
-                        live = self._studies.get(chunk.study, caller.site)
-                        key = (live.id, chunk.session, live.index_of(caller.site))
-                        upload = await self._begin(live, key, chunk)
-                    await self._write(key, upload, chunk, caller.site)
-            finally:
-                if upload is not None:
-                    async with self._uploads[key]:
-                        await asyncio.to_thread(upload.close)
-            if upload is None:
+            chunks = aiter(request_iterator)
+            chunk = await anext(chunks, None)
+            if chunk is None:
                 raise BadRequest("Upload without a chunk")
+            check(chunk, ("study", "session", "size", "sha256"))
+            live = self._studies.get(chunk.study, caller.site)
+            silo, session = live.index_of(caller.site), live.session_of(chunk.session)
+            if session is None:
+                raise Refused(Reason.WRONG_STEP, f"session {chunk.session} is over")
+            session.check_upload(silo, chunk.size)
+            self._check_size(chunk.size)
+            upload = await session.uploads.begin(silo, chunk)
+            try:
+                while chunk is not None:
+                    caller.check()
+                    await session.uploads.write(silo, upload, chunk)
+                    received = chunk.ByteSize()
+                    self._tools.contacts.count(live.id, caller.site, received=received)
+                    chunk = await anext(chunks, None)
+            finally:
+                await session.uploads.close(silo, upload)
             return pb.UploadReply(committed=upload.committed)
 
-    def _check_chunk(self, chunk: pb.UploadChunk, *, first: bool) -> None:
-        check(chunk, ("study", "session", "size", "sha256") if first else ())
-        if len(chunk.data) > MAX_CHUNK:
-            raise BadRequest(
-                f"UploadChunk.data has {len(chunk.data)} bytes, at most {MAX_CHUNK} are allowed"
-            )
-
-    async def _begin(
-        self, live: LiveStudy, key: tuple[str, int, int], chunk: pb.UploadChunk
-    ) -> Incoming:
-        """Raises Refused unless the session waits for this silo's vector just now."""
-        session, silo = live.session_of(chunk.session), key[2]
-        if session is None or not isinstance(session.state, core.Collecting):
-            raise Refused(Reason.WRONG_STEP, f"session {chunk.session} takes no uploads now")
-        if silo not in session.state.headers:
-            raise Refused(Reason.NOT_A_SUBSET, "this silo did not share its keys in the session")
-        wanted = session.context.vector_bytes
-        if chunk.size != wanted:
-            raise UploadRefused(f"{chunk.size} bytes are announced, the vector has {wanted}")
-        if wanted > self._largest_vector:
+    def _check_size(self, size: int) -> None:
+        if size > self._largest_vector:
             raise UploadRefused(
-                f"the vector has {wanted} bytes, this coordinator takes {self._largest_vector}: "
-                "raise largest_vector in coordinator.toml"
+                f"the vector has {size} bytes, this coordinator takes {self._largest_vector}: "
+                "the study centre can raise largest_vector in coordinator.toml"
             )
-        async with self._uploads[key]:
-            upload = await asyncio.to_thread(
-                self._tools.spool.begin, *key, chunk.size, chunk.sha256, chunk.offset
-            )
-            self._newest[key] = upload
-            return upload
-
-    async def _write(
-        self, key: tuple[str, int, int], upload: Incoming, chunk: pb.UploadChunk, site: str
-    ) -> None:
-        async with self._uploads[key]:
-            # A stream that broke may not have been noticed here when the silo comes again.
-            if self._newest[key] is not upload:
-                raise UploadRefused("a newer upload of the same vector has taken over")
-            await asyncio.to_thread(upload.write, chunk.offset, chunk.data)
-        self._tools.contacts.count(key[0], site, received=chunk.ByteSize())
 
     async def Download(
         self, request: pb.DownloadRequest, context: Context

@@ -23,10 +23,12 @@ from coordinator.artifacts import Artifacts
 from coordinator.contacts import Bell, Contacts
 from coordinator.journal import decode_event, encode_event
 from coordinator.records import SessionRow, Standing
-from coordinator.spool import Spool
+from coordinator.spool import Spool, UploadRefused
 from coordinator.store import Store
+from coordinator.uploads import NotYet, Uploads
 from secagg import coordinator as core
 from secagg.context import SessionContext
+from secagg.errors import Reason, Refused
 from secagg.events import (
     Cancel,
     CoordinatorEffect,
@@ -45,10 +47,6 @@ from study.plan import Deadlines
 log = structlog.get_logger()
 
 _TICK = 1.0
-
-
-class NotYet(Exception):
-    """A message that came before what it speaks of; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ class Session:
         self._steps = [(self.state.phase, row.opened)]
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[None]] = set()
-        self._overdue = False
+        self._overdue = self._detached = False
+        self.uploads = Uploads(tools.spool)
         self._here: Collection[int] = ()
         self._inputs: Mapping[int, bytes] = {}
 
@@ -161,7 +160,25 @@ class Session:
         name, number = self.row.study, self.row.number
         await self._tools.store.do(records.refuse, name, number, index, site, reason)
         self.refusals.setdefault(index, reason)
+        standing = self._standing(self.state, self._deadline)
+        await self._tools.store.do(records.set_standing, name, number, standing)
         self.bell.ring()
+
+    def check_upload(self, silo: int, size: int) -> None:
+        """Raises Refused or UploadRefused unless the session waits for this silo's vector now."""
+        if not isinstance(self.state, core.Collecting):
+            raise Refused(Reason.WRONG_STEP, f"session {self.row.number} takes no uploads now")
+        if silo not in self.state.headers:
+            raise Refused(Reason.NOT_A_SUBSET, "this silo did not share its keys in the session")
+        if size != self.context.vector_bytes:
+            raise UploadRefused(
+                f"{size} bytes are announced, the vector has {self.context.vector_bytes}"
+            )
+
+    async def detach(self) -> None:
+        """Take no event any more: another object goes on with this session, from the store."""
+        async with self._lock:
+            self._detached = True
 
     async def cancel(self, why: str) -> None:
         """End the session if it can still be ended."""
@@ -191,6 +208,8 @@ class Session:
             await self._apply_locked(event)
 
     async def _apply_locked(self, event: CoordinatorEvent) -> None:
+        if self._detached:
+            raise NotYet("the session was interrupted and is being taken up again: ask again")
         if self.state.over:
             return  # its outcome is what the silos are told next
         state, effects = await asyncio.to_thread(self.state.handle, event)
@@ -225,7 +244,8 @@ class Session:
         self.state, self._effects, self._place = state, effects, self._place + 1
 
     def _standing(self, state: core.CoordinatorState, deadline: float) -> Standing:
-        awaited = tuple(self._roster.member(i).name for i in state.awaited)
+        out = set() if isinstance(state, core.Aborting) else self._unavailable
+        awaited = tuple(self._roster.member(i).name for i in state.awaited if i not in out)
         return Standing(state.phase, awaited, len(answered(state)), deadline)
 
     def _seconds(self, state: core.CoordinatorState) -> float:

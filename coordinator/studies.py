@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sqlalchemy import Connection
+
 from coordinator import records
 from coordinator.contacts import Bell
 from coordinator.records import NoSuchStudy, StudyRow
@@ -15,6 +17,10 @@ from secagg import coordinator as core
 from secagg.errors import Reason, Refused
 from secagg.roster import Roster
 from study.plan import Plan, load_plan
+
+
+class Resuming(Exception):
+    """The service has just started and does not have the session yet: ask again."""
 
 
 class Denied(Exception):
@@ -33,6 +39,8 @@ class LiveStudy:
     """The last session that ended with a certificate."""
     last: int
     """The last session that was opened."""
+    unfinished: int
+    """The session that the store holds as open, or 0."""
     session: Session | None = None
     bell: Bell = field(default_factory=Bell)
 
@@ -41,14 +49,19 @@ class LiveStudy:
         return self.row.id
 
     @classmethod
-    def load(cls, store: Store, row: StudyRow) -> LiveStudy:
-        answers = {
-            site: accepted for site, (accepted, _) in store.run(records.answers_of, row.id).items()
-        }
-        certified = store.run(records.last_certificate, row.id)
-        last = store.run(records.next_number, row.id) - 1
-        plan, roster = load_plan(row.plan), Roster.decode(row.roster)
-        return cls(row, plan, roster, answers, certified[0] if certified else 0, last)
+    def load(cls, c: Connection, row: StudyRow) -> LiveStudy:
+        """Inside `Store.run` or `Store.do`."""
+        answers = {site: accepted for site, (accepted, _) in records.answers_of(c, row.id).items()}
+        certified, open_now = records.last_certificate(c, row.id), records.live_session(c, row.id)
+        return cls(
+            row,
+            load_plan(row.plan),
+            Roster.decode(row.roster),
+            answers,
+            certified=certified[0] if certified else 0,
+            last=records.next_number(c, row.id) - 1,
+            unfinished=open_now.number if open_now else 0,
+        )
 
     def index_of(self, site: str) -> int:
         """Raises Denied for a site outside the roster."""
@@ -60,13 +73,15 @@ class LiveStudy:
     def session_of(self, number: int) -> Session | None:
         """The session a silo speaks of if it is under way, None if it is over.
 
-        Raises BadRequest for one that there never was.
+        Raises BadRequest for one that there never was, Resuming where it is not known yet.
         """
         live = self.session
         if live is not None and number == live.row.number:
             return None if live.state.over else live
         if number > self.last:
             raise BadRequest(f"study '{self.id}' has no session {number}")
+        if number == self.unfinished:
+            raise Resuming(f"session {number} is being taken up again after a restart")
         return None
 
     async def task_for(self, store: Store, site: str, settled: int) -> pb.Task | None:

@@ -172,17 +172,22 @@ class Summing:
     async def _drive(self, row: SessionRow, asked: Asked) -> SessionEnd:
         live = self._live
         absent_after = float("inf") if asked.patient else self._absent_after
+        before, live.session = live.session, None
+        live.unfinished = live.last = row.number
+        if before is not None:
+            await before.detach()
         session = Session(
             self._tools, row, live.roster, live.plan.deadlines, live.bell, absent_after
         )
         await session.resume()
-        live.session, live.last = session, row.number
+        live.session = session
         live.bell.ring()
         stopper = asyncio.create_task(self._cancel_when_stopped(session))
         try:
             end = await session.run()
         finally:
             stopper.cancel()
+        live.unfinished = 0
         if end.kind != "abandoned":
             live.certified = row.number
             live.bell.ring()

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import admin, registry
-from coordinator.authority import Authority, AuthorityError
+from coordinator.authority import Authority
 from coordinator.config import ConfigError, Home, read_config
 from coordinator.server import CoordinatorServer, ServerError
 from coordinator.store import Store, StoreError, verify_log
@@ -217,7 +217,7 @@ def test_keys_are_private_an_authority_is_never_replaced_and_the_log_shows_chang
     home = tmp_path / "home"
     admin.init(home, "localhost:8443")
     assert (home / "authority" / "ca.key").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(AuthorityError, match="keep it"):
+    with pytest.raises(admin.AdminError, match="keep it"):
         admin.init(home, "localhost:8443")
     admin.invite(home, "st-marys")
     with pytest.raises(admin.AdminError, match="lower-case letters"):
