@@ -58,8 +58,8 @@ def test_the_loss_falls_on_a_simple_data_set(
     flat = np.random.default_rng(0).integers(0, 256, (64, 1, 1, 1), dtype=np.uint8)
     images = np.broadcast_to(flat, (64, 1, 8, 8))
     arguments["objective"] = ObjectiveSpec(prediction=prediction)  # type: ignore[arg-type]
-    arguments["optimizer"] = OptimizerSpec(batch_size=32, learning_rate=3e-3)
-    result = train(model, images, steps=60, **arguments)
+    arguments["optimizer"] = OptimizerSpec(batch_size=16, learning_rate=5e-3)
+    result = train(model, images, steps=40, **arguments)
     assert result.loss_per_step[-10:].mean() < 0.6 * result.loss_per_step[:3].mean()
 
 
