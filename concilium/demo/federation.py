@@ -70,6 +70,9 @@ class Federation:
 
     out: Path
     names: Sequence[str]
+    absent_after: float = 6.0
+    """Seconds of silence after which the coordinator stops waiting for a silo: few, because nobody
+    on this machine waits for a hospital's network."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -96,9 +99,9 @@ class Federation:
         address = f"127.0.0.1:{port}"
         fingerprint = admin.init(self.coordinator_home, address, listen=address)
         home = Home(self.coordinator_home)
-        # Four silos and the coordinator's worker share this machine; a silo that was killed is
-        # noticed after seconds, because nobody here waits for a hospital's network.
-        config = home.config().model_copy(update={"worker_threads": 1, "absent_after": 6.0})
+        # All silos and the coordinator's worker share this machine's cores.
+        ours = {"worker_threads": 1, "absent_after": self.absent_after}
+        config = home.config().model_copy(update=ours)
         home.config_file.write_text(config_text(config), "utf-8")
         self.start("coordinator")
         self._wait_for(port)
