@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,6 +51,20 @@ _RENEW_CHECK_SECONDS = 600.0
 _LONGEST_RULE = 200
 
 
+@dataclass(frozen=True)
+class Running:
+    """A study that this agent takes part in."""
+
+    terms: Terms
+    decided: int
+    """When its decision.json was written: a later one may mean other terms."""
+    task: asyncio.Task[None]
+
+    @property
+    def over(self) -> bool:
+        return self.task.done()
+
+
 class Agent:
     """The parts of a running agent."""
 
@@ -61,7 +76,7 @@ class Agent:
         status = Status(home.status, config.site.name, enrolment.address)
         client = Client(way_of(enrolment, identity), status.contact)
         self._tools = Tools(client, Worker(config.resources), status, config)
-        self._studies: dict[str, tuple[Terms, asyncio.Task[None]]] = {}
+        self._studies: dict[str, Running] = {}
         self._wait = 0  # the first answer comes at once, and shows that the way is open
 
     async def run(self) -> None:
@@ -77,7 +92,7 @@ class Agent:
             await self._stop()
 
     async def _stop(self) -> None:
-        running = [task for _, task in self._studies.values()]
+        running = [study.task for study in self._studies.values()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -143,25 +158,26 @@ class Agent:
     async def _look_for_decisions(self) -> None:
         """Start what was accepted, here or by a person, and what ran before a restart."""
         for study in self._home.studies():
+            decided = study.decision.stat().st_mtime_ns if study.decision.exists() else 0
+            known = self._studies.get(study.name)
+            if study.ended.exists() or (known and known.decided == decided and not known.over):
+                continue
             offered, decision = offered_terms(study), stored_decision(study)
-            accepted = offered and decision and decision.accepted and decision.about(offered)
-            if offered and accepted and pinned_terms(study) != offered:
+            if offered and decision and decision.accepted and decision.about(offered):
                 pin(study, offered)
-            if not study.ended.exists():
-                await self._take_part(study)
+            await self._take_part(study, decided)
         await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _take_part(self, study: StudyHome) -> None:
-        terms = pinned_terms(study)
+    async def _take_part(self, study: StudyHome, decided: int) -> None:
+        terms, known = pinned_terms(study), self._studies.get(study.name)
         if terms is None:
             return
-        known = self._studies.get(study.name)
-        if known is not None and known[0] == terms and not known[1].done():
-            return
-        if known is not None:
-            known[1].cancel()
-            await asyncio.gather(known[1], return_exceptions=True)
-        self._studies[study.name] = (terms, asyncio.create_task(self._run_study(study, terms)))
+        if known is not None and (known.over or known.terms != terms):
+            known.task.cancel()
+            await asyncio.gather(known.task, return_exceptions=True)
+            known = None
+        task = known.task if known else asyncio.create_task(self._run_study(study, terms))
+        self._studies[study.name] = Running(terms, decided, task)
 
     async def _run_study(self, study: StudyHome, terms: Terms) -> None:
         identity = self._identity

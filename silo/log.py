@@ -24,6 +24,7 @@ def configure_logging(file: Path, level: int = logging.INFO) -> None:
         shared,
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
     )
+    file.touch(mode=0o600)
     stored = RotatingFileHandler(file, maxBytes=_BYTES, backupCount=_FILES - 1, encoding="utf-8")
     machine = _handler(stored, shared, structlog.processors.JSONRenderer(ensure_ascii=False))
     root = logging.getLogger()

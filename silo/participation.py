@@ -248,6 +248,8 @@ class Participation:
                 path = self._protocol.masked_vector(context)
                 digest = MaskedInput.decode(send.message.body).vector
                 await self._tools.client.upload(self._study.name, task.session, path, digest)
+            if send.message.step is Step.COMPLAIN:
+                self._log.error("a silo's keys contradict its header", session=task.session)
             await self._tools.client.submit(_submission(task, send))
             if context is not None and send.message.step in _POINTS:
                 failpoints.reach(_POINTS[send.message.step], context.quantity)

@@ -1,0 +1,173 @@
+"""One study's loop against a coordinator that misbehaves: refusals, stale work, wrong outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protos.v1 import coordination_pb2 as pb
+from secagg.context import SessionContext
+from secagg.messages import Signed, Step
+from secagg.primitives import Secret
+from secagg.silo import SiloParty
+from silo import participation
+from silo.config import Data, SiloConfig, Site
+from silo.errors import DataError
+from silo.home import SiloHome
+from silo.offers import Terms, pin
+from silo.participation import Participation, Tools
+from silo.status import Status
+from study.quantity import CensusWork, count_encoding, encode_work, session_context
+from tests.silo.studies import make_plan, make_roster
+
+PLAN = make_plan()
+ROSTER, KEYS = make_roster(PLAN)
+
+
+class ScriptedClient:
+    """Gives out tasks in order, then idles; remembers what it was told."""
+
+    def __init__(self, *tasks: pb.Task) -> None:
+        self.tasks = list(tasks)
+        self.standing: pb.Task | None = None
+        self.submitted: list[pb.SubmitRequest] = []
+        self.refusals: list[tuple[int, str]] = []
+        self.idle = asyncio.Event()
+
+    async def next_task(self, study: str, settled: int, wait: int) -> pb.Task:
+        if wait == 0 and self.standing is not None:
+            return self.standing
+        if self.tasks:
+            return self.tasks.pop(0)
+        self.idle.set()
+        await asyncio.sleep(0.02)
+        return pb.Task(study=study, idle=pb.Idle())
+
+    async def submit(self, request: pb.SubmitRequest) -> None:
+        self.submitted.append(request)
+
+    async def report_refusal(self, study: str, session: int, reason: str) -> None:
+        self.refusals.append((session, reason))
+
+    async def report_progress(self, request: object) -> None:
+        pass
+
+
+class Vectors:
+    """Prepares a census at once, or fails, or takes for ever."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "vector"
+        self.path.write_bytes(count_encoding(4).encode({"count": 30}).tobytes())
+        self.error: Exception | None = None
+        self.slow = False
+
+    async def prepare(self, *_: Any) -> Path:
+        if self.error:
+            raise self.error
+        if self.slow:
+            await asyncio.sleep(60)
+        return self.path
+
+    def settle(self, record: object) -> None:
+        pass
+
+
+def opened(session: int = 1, **changes: Any) -> pb.Task:
+    context = session_context(ROSTER, PLAN.digest(), 16, CensusWork(), session=session, round=1)
+    values = {**vars(context), **changes}
+    values = {k: v for k, v in values.items() if k in SessionContext.__dataclass_fields__}
+    message = pb.Open(context=SessionContext(**values).encode(), work=encode_work(CensusWork()))
+    return pb.Task(study="trial", session=session, open=message)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(participation, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(participation, "_LOOK_SECONDS", 0.05)
+
+
+async def take_part(tmp_path: Path, client: ScriptedClient, vectors: Vectors) -> dict[str, Any]:
+    """Run until the script is through; what the status shows then."""
+    home = SiloHome(tmp_path)
+    study = home.study("trial")
+    terms = Terms(PLAN, ROSTER)
+    pin(study, terms)
+    config = SiloConfig(site=Site(name="site-1"), data=Data(path="x"))
+    status = Status(tmp_path / "status.json", "site-1", "nowhere")
+    party = SiloParty(ROSTER, 1, KEYS[0], Secret(os.urandom(32)), os.urandom)
+    anything: Any = client
+    tools = Tools(anything, anything, status, config)
+    part = Participation(tools, study, terms, party, vectors)  # type: ignore[arg-type]
+    running = asyncio.create_task(part.run())
+    async with asyncio.timeout(10):
+        await client.idle.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    shown: dict[str, Any] = status._values["studies"]["trial"]
+    return shown
+
+
+async def test_a_session_as_agreed_is_advertised_once_and_again_when_asked(tmp_path: Path) -> None:
+    client = ScriptedClient(opened(), opened())
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    first, second = client.submitted
+    assert first == second
+    message = Signed.decode(first.signed)
+    assert (message.step, message.sender) == (Step.ADVERTISE, 1)
+    assert client.refusals == []
+
+
+async def test_a_context_that_is_not_ours_is_refused_once_and_told(tmp_path: Path) -> None:
+    altered = opened(plan=bytes(32))
+    client = ScriptedClient(altered, altered, altered)
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert client.submitted == []
+    ((session, reason),) = client.refusals
+    assert session == 1
+    assert "plan is 0000" in reason
+
+
+async def test_what_is_wrong_with_the_data_stays_at_the_site(tmp_path: Path) -> None:
+    vectors = Vectors(tmp_path)
+    vectors.error = DataError("/srv/radiology/2024 holds no image; 7 files were skipped")
+    client = ScriptedClient(opened())
+    shown = await take_part(tmp_path, client, vectors)
+    assert client.refusals == [(1, "this site could not compute its contribution")]
+    assert client.submitted == []
+    assert "radiology" in shown["trouble"]
+
+
+async def test_work_for_a_session_that_is_over_is_dropped(tmp_path: Path) -> None:
+    vectors = Vectors(tmp_path)
+    vectors.slow = True
+    client = ScriptedClient(opened())
+    client.standing = pb.Task(study="trial", idle=pb.Idle())
+    await take_part(tmp_path, client, vectors)
+    assert client.submitted == []
+    assert client.refusals == []
+
+
+async def test_a_session_number_that_was_used_is_refused_after_a_restart(tmp_path: Path) -> None:
+    await take_part(tmp_path, ScriptedClient(opened(3)), Vectors(tmp_path))
+    client = ScriptedClient(opened(3), opened(2))
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert client.submitted == []
+    assert [session for session, _ in client.refusals] == [3, 2]
+    assert "not higher than one already used" in client.refusals[0][1]
+
+
+async def test_a_forged_certificate_settles_nothing(tmp_path: Path) -> None:
+    from secagg.certificate import Certificate
+
+    message = Signed(Step.ABORT, 2, b"", bytes(64))
+    forged = Certificate(Step.ABORT, bytes(32), (message,)).encode()
+    task = pb.Task(study="trial", session=1, outcome=pb.Outcome(certificate=forged))
+    client = ScriptedClient(task)
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert list((tmp_path / "studies" / "trial" / "outcomes").iterdir()) == []
+    assert "a certificate does not verify" in client.refusals[0][1]
