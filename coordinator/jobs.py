@@ -7,7 +7,6 @@ functions, because the service imports this module for their names and must stay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,8 +179,3 @@ def _load(plan: Plan, path: Path) -> nn.Module:
     model = build_model(plan.model)
     load_vector(model, np.fromfile(path, dtype=_MODEL).astype(np.float32, copy=False))
     return model
-
-
-def preload(imports: Sequence[str] = ("torch", "diffusers")) -> dict[str, Any]:
-    """Import what every job needs, so that the first one does not wait for it."""
-    return {name: __import__(name).__version__ for name in imports}

@@ -124,7 +124,7 @@ def _seconds(results: Json) -> Json:
     total: dict[str, float] = {}
     for key, value in results.items():
         words = key.split()
-        kind = f"round {words[2]}" if words[0] == "round" else words[0]
+        kind = f"rounds: {words[2]}" if words[0] == "round" else key
         if words[0] in ("tags", "images"):
             continue  # within "auxiliary"
         total[kind] = round(total.get(kind, 0.0) + value.get("seconds", 0.0), 3)

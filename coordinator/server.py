@@ -113,6 +113,9 @@ class CoordinatorServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for live in self._studies.all():
+            if live.session is not None:
+                await live.session.detach()  # a commit that is under way ends first
         self._worker.close()
         await self._store.do(signs_of_life.record, self._contacts.take())
         self._store.close()

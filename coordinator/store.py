@@ -87,6 +87,8 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         # acknowledged is never sent again.
         "synchronous = FULL",
         "busy_timeout = 10000",
+        # Deleted session events held the silos' shares: overwrite them.
+        "secure_delete = ON",
         "foreign_keys = ON",
     ):
         connection.execute(f"PRAGMA {pragma}")

@@ -90,7 +90,7 @@ class Summing:
                 return end
             await store.do(records.set_error, name, end.why)
             accused = end.accused
-            await self._live.bell.wait(pause)
+            await self._rest(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def may_go_on(self) -> None:
@@ -99,6 +99,12 @@ class Summing:
             await self._live.bell.wait(60)
         if self._live.row.wanted == "stop":
             raise Stopped
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, but not for an operator who wants the study stopped."""
+        end = time.time() + seconds
+        while (left := end - time.time()) > 0 and self._live.row.wanted != "stop":
+            await self._live.bell.wait(left)
 
     async def _enough_in_contact(self, asked: Asked) -> None:
         """Wait for t of those asked: a session that cannot end would only use up their time."""

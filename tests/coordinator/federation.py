@@ -424,7 +424,7 @@ class Federation:
         self.home, self.address = folder / "coordinator", f"127.0.0.1:{free_port()}"
         admin.init(self.home, self.address)
         with open(self.home / "coordinator.toml", "a") as config:
-            config.write(f'\nlisten = "{self.address}"\n')
+            config.write(f'\nlisten = "{self.address}"\nworker_threads = 1\n')
         text = (self.home / "coordinator.toml").read_text()
         text = text.replace("absent_after = 30.0", f"absent_after = {absent_after}")
         (self.home / "coordinator.toml").write_text(text)

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from coordinator import admin
+from protos.v1 import coordination_pb2 as pb
+from protos.v1.coordination_pb2_grpc import CoordinationStub
+from secagg import silo as secagg_silo
 from tests.coordinator.federation import Federation, TestSilo, Vanish, nothing
 
 STEPS = ("ADVERTISE", "SHARE", "MASKED_INPUT", "CONFIRM", "UNMASK")
@@ -123,3 +126,42 @@ async def test_a_silo_that_dropped_before_its_upload_stays_out_after_a_restart(
         study = admin.start_study(federation.home, federation.plan(deadline=2.0))
         await federation.until(lambda: federation.result(study, "census"), 60)
         assert federation.exact(study, "census", "census 1") == ["site-1", "site-2", "site-4"]
+
+
+async def test_a_dealer_that_is_complained_about_sits_out_the_next_session(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+
+        async def complain(silo: TestSilo, where: str) -> None:
+            if where == "headers" and silo.hook is complain:
+                silo.hook = nothing
+                study, taking = next(iter(silo.studies.items()))
+                assert taking.context is not None
+                sent = secagg_silo.complain(taking.party, taking.context.digest, accused=3)
+                request = pb.SubmitRequest(study=study, session=1, signed=sent.message.encode())
+                async with silo.credentials.channel(federation.address) as channel:
+                    await CoordinationStub(channel).Submit(request)
+
+        silos[1].hook = complain
+        for silo in silos:
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan())
+        await federation.until(lambda: federation.result(study, "census"))
+        assert federation.exact(study, "census", "census 1") == ["site-1", "site-2", "site-4"]
+        assert federation.result(study, "census")["session"]["number"] == 2
+
+
+async def test_a_paused_study_opens_no_session_until_it_goes_on(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        study = admin.start_study(federation.home, federation.plan())
+        admin.pause_study(federation.home, study)
+        for silo in silos:
+            silo.start()
+        await federation.until(
+            lambda: {s.answer for s in federation.study(study).silos} == {"accepted"}
+        )
+        await asyncio.sleep(1.0)
+        assert federation.study(study).quantity == ""
+        admin.resume_study(federation.home, study)
+        await federation.until(lambda: federation.result(study, "census"))

@@ -9,10 +9,12 @@ import numpy as np
 
 from coordinator import admin
 from diffusion.features.network import FEATURE_NETWORKS
-from tests.coordinator.federation import Federation, TestSilo, Vanish
+from tests.coordinator.federation import Federation, TestSilo, Vanish, nothing
 
 
-async def test_a_study_ends_with_a_model_although_silos_vanish_in_between(tmp_path: Path) -> None:
+async def test_a_study_ends_with_a_model_although_silos_vanish_and_the_coordinator_restarts(
+    tmp_path: Path,
+) -> None:
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()
         lost = {"after SHARE": "round 2", "after MASKED_INPUT": "round 3"}
@@ -23,7 +25,14 @@ async def test_a_study_ends_with_a_model_although_silos_vanish_in_between(tmp_pa
             if quantity == lost.get(where):
                 raise Vanish
 
-        silos[1].hook = vanish
+        async def restart(silo: TestSilo, where: str) -> None:
+            taking = next(iter(silo.studies.values()), None)
+            quantity = str(taking.context.quantity) if taking and taking.context else ""
+            if (where, quantity) == ("before ADVERTISE", "round 3"):
+                silo.hook = nothing
+                await federation.restart()
+
+        silos[0].hook, silos[1].hook = restart, vanish
         for silo in silos:
             silo.start()
         study = admin.start_study(federation.home, federation.plan(rounds=3))
@@ -33,9 +42,9 @@ async def test_a_study_ends_with_a_model_although_silos_vanish_in_between(tmp_pa
                 silos[1].start()
             return federation.study(study).state == "finished"
 
-        await federation.until(lambda: not silos[1].alive, 40)
+        await federation.until(lambda: not silos[1].alive, 90)
         await federation.until(lambda: federation.result(study, "round 00002 sum"))
-        await federation.until(revive, 40)
+        await federation.until(revive, 150)
 
         names = [silo.name for silo in silos]
         assert federation.exact(study, "census", "census 1") == names
@@ -101,7 +110,7 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
                 silos[2].start()
             return federation.study(study).state == "finished"
 
-        await federation.until(revive, 60)
+        await federation.until(revive, 150)
         # The second sum lacked a silo of the first: both were void and slots were drawn anew.
         assert federation.result(study, "images 1")["session"]["kind"] == "aborted"
         assert federation.result(study, "images 2")["session"]["kind"] == "summed"

@@ -1,0 +1,93 @@
+"""Parts with a life of their own: worker, spool, artifacts; and a service without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.artifacts import Artifacts
+from coordinator.spool import DiskFull, Spool
+from coordinator.worker import Worker, WorkerDied
+
+
+def die_unless_told_not_to(told: Path) -> str:
+    if not told.exists():
+        told.touch()
+        os._exit(9)
+    return "done"
+
+
+def die() -> None:
+    os._exit(9)
+
+
+async def test_a_worker_that_dies_is_replaced_and_the_job_done_again(tmp_path: Path) -> None:
+    worker = Worker()
+    try:
+        assert await worker.run(die_unless_told_not_to, tmp_path / "told") == "done"
+        with pytest.raises(WorkerDied, match="lack of memory"):
+            await worker.run(die)
+        with pytest.raises(ZeroDivisionError):
+            await worker.run(divmod, 1, 0)
+    finally:
+        worker.close()
+
+
+def test_the_service_runs_without_torch() -> None:
+    code = "import sys, coordinator.server, coordinator.admin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_full_disk_is_told_and_the_upload_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, content = Spool(tmp_path), bytes(range(250)) * 4
+    digest = hashlib.sha256(content).digest()
+    first = spool.begin("s", 1, 2, len(content), digest, 0)
+    first.write(0, content[:600])
+    first.close()
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(DiskFull, match="goes on where it stopped"):
+            spool.begin("s", 1, 2, len(content), digest, 600)
+    rest = spool.begin("s", 1, 2, len(content), digest, spool.committed("s", 1, 2))
+    rest.write(600, content[600:])
+    rest.close()
+    assert spool.holds("s", 1, 2, digest, len(content))
+
+
+def test_vectors_fold_into_their_sum_whatever_their_length(tmp_path: Path) -> None:
+    spool, rng = Spool(tmp_path), np.random.default_rng(1)
+    vectors = rng.integers(0, 2**16, (3, 1_300_001), dtype=np.uint16)  # three chunks, one odd
+    inputs = {}
+    for silo, vector in enumerate(vectors, start=1):
+        content = vector.tobytes()
+        inputs[silo] = hashlib.sha256(content).digest()
+        upload = spool.begin("s", 1, silo, len(content), inputs[silo], 0)
+        upload.write(0, content)
+        upload.close()
+    total = spool.fold("s", 1, inputs, 16, vectors.shape[1], [])
+    np.testing.assert_array_equal(total, vectors.sum(axis=0, dtype=np.uint16))
+    spool.discard("s", 1)
+    assert spool.committed("s", 1, 1) == 0
+
+
+def test_artifacts_are_named_by_their_content_and_leave_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    artifacts = Artifacts(tmp_path / "a")
+    digest = artifacts.put(b"content")
+    assert digest == hashlib.sha256(b"content").digest() == artifacts.put(b"content")
+    half = artifacts.path(digest).with_name("half.part")
+    half.write_bytes(b"con")
+    Artifacts(tmp_path / "a")
+    assert not half.exists()
+    assert list(artifacts.chunks(digest, 3)) == [(3, b"tent")]
