@@ -91,6 +91,10 @@ class StudyHome:
         return make_folder(self.path / "pool")
 
     @property
+    def total(self) -> Path:
+        return self.path / "total.json"
+
+    @property
     def residual(self) -> Path:
         return self.path / "residual.npy"
 

@@ -15,7 +15,7 @@ import structlog
 
 from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
-from secagg.context import SessionContext
+from secagg.context import Quantity, SessionContext
 from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
 from secagg.events import (
     Adverts,
@@ -40,7 +40,7 @@ from silo.errors import (
     SessionOver,
     WorkFailed,
 )
-from silo.files import write_json
+from silo.files import read_json, write_json
 from silo.home import StudyHome
 from silo.ledger import LedgerFile
 from silo.model_size import parameter_count
@@ -174,6 +174,7 @@ class Participation:
         proposal = check_open(task.session, task.open, self._pinned())
         self._protocol.history.check_open(proposal.context)
         context = proposal.context
+        self._pin_total(proposal)
         self._show(
             session=context.session, quantity=str(context.quantity), phase="open", trouble=None
         )
@@ -222,8 +223,28 @@ class Participation:
             self.terms.roster,
             tuple(p for p in policy.purposes if p not in withheld),
             self._outcomes.previous,
+            self._counted(),
+            self._total(),
             self._outcomes.tags(self._protocol.history),
         )
+
+    def _counted(self) -> bool:
+        census = Quantity("census", self.terms.roster.epoch)
+        records = self._protocol.history.sessions.values()
+        ended = [r.settled for r in records if r.context.quantity == census]
+        return any(settled is not None and settled.included for settled in ended)
+
+    def _total(self) -> int | None:
+        stored = read_json(self._study.total)
+        if stored is None or stored["epoch"] != self.terms.roster.epoch:
+            return None
+        return int(stored["total_count"])
+
+    def _pin_total(self, proposal: Proposal) -> None:
+        total = getattr(proposal.work, "total_count", None)
+        if total is not None and self._total() is None:
+            epoch = self.terms.roster.epoch
+            write_json(self._study.total, {"epoch": epoch, "total_count": total})
 
     async def _fetch(self, proposal: Proposal) -> Path | None:
         if proposal.artifact is None:

@@ -40,6 +40,10 @@ class Pinned:
     """What the site policy lets be summed."""
     previous: bytes = NO_HASH
     """Digest of the certificate that ended the last session."""
+    counted: bool = True
+    """Whether this site is in the census of the roster's epoch."""
+    total: int | None = None
+    """Σñ as this site has accepted it in this epoch, None before the first time."""
     tags: dict[int, Certificate] = field(default_factory=dict)
     """Attempt → sum certificate of its tags."""
 
@@ -103,6 +107,7 @@ def _expected(
 def _check_work(work: Work, round: int, pinned: Pinned) -> None:
     """The work is the plan's. Raises ValueError."""
     plan = pinned.plan
+    _check_total(work, pinned)
     if work.purpose not in pinned.purposes:
         raise ValueError(f"{work.purpose}: the site policy does not let this be summed")
     match work:
@@ -123,6 +128,17 @@ def _check_work(work: Work, round: int, pinned: Pinned) -> None:
     first = pinned.roster.epoch if work.purpose in STATIC_PURPOSES else 1
     if not first <= round <= last:
         raise ValueError(f"{work.purpose} {round}: the plan has {first} to {last}")
+
+
+def _check_total(work: Work, pinned: Pinned) -> None:
+    """Σñ is accepted once. Whether a vector can be encoded depends on ñ ≤ Σñ; a coordinator that
+    could try one Σñ after the other would read ñ from when this site refuses."""
+    if not isinstance(work, RoundWork | TagsWork | MomentsWork):
+        return
+    if not pinned.counted:
+        raise ValueError(f"{work.purpose}: this site is not in the census, so it has no weight")
+    if pinned.total not in (None, work.total_count):
+        raise ValueError(f"total_count is {work.total_count}, it was {pinned.total}")
 
 
 def _check_moments(work: MomentsWork, plan: Plan) -> None:

@@ -35,7 +35,8 @@ _PROGRESS_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an order is, in steps that the plan fixes."""
+    """How far an order is, in steps that the plan fixes: the study centre sees it, so it must not
+    depend on how many images this site has."""
 
     activity: str
     step: int

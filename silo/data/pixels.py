@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from silo.errors import DataError
+
 Pixels = NDArray[np.uint8]
 
 
 def fit(image: Image.Image, size: int, channels: int) -> Pixels:
-    """uint8 (channels, size, size); raises ValueError for channels other than 1 and 3."""
+    """uint8 (channels, size, size); raises DataError for channels other than 1 and 3."""
     converted = _with_channels(image, channels)
     side = min(converted.size)
     left, top = (converted.width - side) // 2, (converted.height - side) // 2
@@ -37,7 +39,7 @@ def fit_array(pixels: Pixels, size: int, channels: int) -> Pixels:
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels not in (1, 3):
-        raise ValueError(f"the study wants {channels} channels; readers make 1 (grey) or 3 (RGB)")
+        raise DataError(f"the study wants {channels} channels; readers make 1 (grey) or 3 (RGB)")
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))

@@ -52,7 +52,8 @@ def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
         raise TypeError("the plan has no [auxiliary]")
     model = build_model(plan.model)
     load_vector(model, np.load(order.weights))
-    progress("sampling", 0, order.samples)
+    # How many is this site's share of the counts: it is for nobody outside to see.
+    progress("sampling", 0, 1)
     samples = sample(
         model,
         order.samples,

@@ -41,13 +41,14 @@ def feature_moments(order: FeatureMoments, progress: ProgressFile) -> MomentsSum
 def _weighted_moments(
     work: MomentsWork, order: FeatureMoments, progress: ProgressFile
 ) -> NDArray[np.float64]:
+    # Progress reaches the study centre, so it must not tell how many images there are.
+    progress("computing features", 0, 1)
     network = load_feature_network(work.network)
     images, center = read_images(order.images), network.public_center()
     total = None
     for start in range(0, len(images), _BATCH):
         part = moments(network.extract(images[start : start + _BATCH]), center)
         total = part if total is None else total + part
-        progress("computing features", min(start + _BATCH, len(images)), len(images))
     if total is None or len(total.total) != work.dimension:
         raise ProposalRefused(f"moments: the network's features are not of size {work.dimension}")
     upper = total.outer[np.triu_indices(work.dimension)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,30 @@ def test_local_model_is_sampled_and_copies_of_training_images_are_dropped(
     monkeypatch.setattr("silo.jobs.local.sample", lambda *_, **__: training[:5])
     caught = sample_local(replace(order, kept=tmp_path / "none.npy"), progress)
     assert caught.kept == 0
+
+
+def test_progress_that_leaves_the_site_does_not_tell_how_many_images_there_are(
+    images: Path, tmp_path: Path, order: TrainRound
+) -> None:
+    def told(count: int) -> list[tuple[str, int, int]]:
+        seen: list[tuple[str, int, int]] = []
+        note: Any = lambda *shown: seen.append(shown)  # noqa: E731
+        np.save(images, np.random.default_rng(0).integers(0, 256, (count, 1, 8, 8), np.uint8))
+        weights = tmp_path / "weights.npy"
+        local = TrainLocal(CPU, PLAN.toml(), images, 5, weights, tmp_path / "local.checkpoint")
+        train_local(local, note)
+        sample = SampleLocal(CPU, PLAN.toml(), images, weights, 5, 0, count // 4, tmp_path / "k")
+        sample_local(sample, note)
+        work = MomentsWork(
+            total_count=80, network="digits", sha256=SHA256, dimension=64, bound=4096.0
+        )
+        feature_moments(
+            FeatureMoments(CPU, 4, encode_work(work), images, tmp_path / "vector"), note
+        )
+        train_round(order, note)
+        return seen
+
+    assert told(20) == told(48)
 
 
 def test_moments_are_those_of_the_features_about_the_public_centre(

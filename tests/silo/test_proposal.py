@@ -44,7 +44,7 @@ def certificate() -> Certificate:
     return Certificate(Step.CONFIRM, bytes(32), (Signed(Step.CONFIRM, 1, body, bytes(64)),))
 
 
-PINNED = Pinned(PLAN, ROSTER, PURPOSES, PREVIOUS, {1: certificate()})
+PINNED = Pinned(PLAN, ROSTER, PURPOSES, PREVIOUS, total=400, tags={1: certificate()})
 
 
 def context_of(work: Work, round: int = 1, session: int = 5) -> SessionContext:
@@ -120,6 +120,16 @@ def test_a_context_that_differs_in_one_field_is_refused(name: str) -> None:
 def test_work_beyond_the_plan_is_refused(work: Work, round: int, said: str) -> None:
     with pytest.raises(ProposalRefused, match=said):
         check_open(5, proposed(work, context_of(work, round)), PINNED)
+
+
+@pytest.mark.parametrize("work", [MOMENTS, TAGS, ROUND])
+def test_the_total_is_accepted_once_so_that_nobody_can_search_for_a_count(work: Work) -> None:
+    lower = work.model_copy(update={"total_count": 399})
+    with pytest.raises(ProposalRefused, match="total_count is 399, it was 400"):
+        check_open(5, proposed(lower, context_of(lower)), PINNED)
+    check_open(5, proposed(lower, context_of(lower)), replace(PINNED, total=None))
+    with pytest.raises(ProposalRefused, match="not in the census"):
+        check_open(5, proposed(work, context_of(work)), replace(PINNED, counted=False))
 
 
 def test_what_the_policy_withholds_and_what_cannot_be_parsed_is_refused() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from silo.config import Resources
 from silo.errors import DataError, WorkFailed
-from silo.orders import CacheImages, Machine, PublishModel
+from silo.orders import CacheImages
 from silo.worker import Progress, Worker, _read_progress
 
 
@@ -46,8 +47,8 @@ async def test_errors_keep_their_kind_and_a_dead_worker_is_replaced_once(tmp_pat
     os.kill(first, signal.SIGKILL)
     await worker.run(cache_order(tmp_path), progress, lambda _: None)
     assert child_of(worker) != first
-    order = PublishModel(Machine("cpu", 1), "no plan", tmp_path / "m", tmp_path / "f")
-    with pytest.raises(WorkFailed, match="PublishModel failed: PlanError"):
+    order = replace(cache_order(tmp_path), caches=tmp_path / "x.npz")
+    with pytest.raises(WorkFailed, match="CacheImages failed: NotADirectoryError"):
         await worker.run(order, progress, lambda _: None)
     await asyncio.sleep(0.5)
     assert not worker.alive, "it ends when it has nothing to do"
