@@ -151,7 +151,7 @@ class Agent:
             rule=_printable(decision.rule),
         )
         await self._tools.client.answer_offer(request)
-        state = "accepted" if decision.accepted else f"declined by site policy: {decision.rule}"
+        state = "accepted" if decision.accepted else f"declined: {decision.rule}"
         self._tools.status.study(study.name, state=state, title=terms.plan.study.title)
         log.info("offer answered", study=study.name, answer=state)
 

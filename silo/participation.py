@@ -108,29 +108,21 @@ class Participation:
         """One task. What went wrong is told to whoever has to act, and asked for again later."""
         task = None
         try:
-            wait = _WAIT_SECONDS
-            task = await self._tools.client.next_task(
-                self._study.name, self._outcomes.settled, wait
-            )
+            settled = self._outcomes.settled
+            task = await self._tools.client.next_task(self._study.name, settled, _WAIT_SECONDS)
             await self._answer(task)
         except (Refused, ProposalRefused) as error:
             await self._refuse(task, error, str(error))
         except (DataError, WorkFailed) as error:
             # The text may hold paths and file names; it stays in this site's own log.
             await self._refuse(task, error, "this site could not compute its contribution")
-        except (
-            UnexpectedEvent,
-            MalformedMessage,
-            RefusedByCoordinator,
-            SessionOver,
-            OSError,
-        ) as error:
+        except _PASSING as error:
             await self._wait_after(error)
         else:
             self._delay = _FIRST_DELAY
 
     async def _refuse(self, task: pb.Task | None, error: Exception, reason: str) -> None:
-        if task is not None and task.session not in self._refused:
+        if task is not None and task.session and task.session not in self._refused:
             self._refused.add(task.session)
             self._log.error("refused", session=task.session, reason=str(error))
             try:

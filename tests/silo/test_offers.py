@@ -1,0 +1,117 @@
+"""A person at the institution: reads what is offered, compares, decides; the agent acts on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from coordinator import admin as centre_admin
+from silo import admin
+from silo.agent import run
+from silo.errors import LedgerError, SiloError
+from silo.home import SiloHome
+from silo.ledger import LedgerFile
+from silo.offers import pinned_terms
+from tests.silo.centre import Centre, enrol, make_site, study_of
+from tests.silo.studies import FEDAVG
+
+
+@pytest.fixture
+async def centre(tmp_path: Path) -> AsyncIterator[Centre]:
+    made = Centre(tmp_path / "centre")
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def edit(home: Path, old: str, new: str) -> None:
+    config = home / "site.toml"
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+
+
+async def until(ready: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not ready():
+            await asyncio.sleep(0.1)
+
+
+def answers(centre: Centre) -> dict[str, str]:
+    (study,) = centre_admin.status(centre.home).studies
+    return {silo.name: silo.answer for silo in study.silos}
+
+
+def state(home: Path) -> str:
+    studies = admin.status(home)["studies"].values()
+    return next((str(study.get("state")) for study in studies), "")
+
+
+async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
+    centre: Centre, tmp_path: Path
+) -> None:
+    homes = {name: make_site(tmp_path, name) for name in ("east", "north", "south")}
+    for name, home in homes.items():
+        await enrol(centre, home, name)
+        edit(home, "automatic = true", "automatic = false")
+    edit(homes["south"], "largest_rounds = 1000", "largest_rounds = 2")
+    (tmp_path / "plan.toml").write_text(FEDAVG)
+    study = centre_admin.start_study(centre.home, tmp_path / "plan.toml")
+    agents = [asyncio.create_task(run(home)) for home in homes.values()]
+    try:
+        await until(lambda: state(homes["north"]) == state(homes["east"]) == "waits for approval")
+        await until(lambda: answers(centre)["south"] == "declined")
+        assert "largest_rounds: 3 rounds, at most 2" in state(homes["south"])
+        text = admin.roster(homes["north"])
+        assert "waits for approval" in text
+        assert admin.approve(homes["north"], study).roster.fingerprint in text
+        admin.decline(homes["east"], study, "the ethics committee meets in May")
+        expected = {"east": "declined", "north": "accepted", "south": "declined"}
+        await until(lambda: answers(centre) == expected)
+        assert "(accepted)" in admin.roster(homes["north"])
+        assert pinned_terms(study_of(homes["south"])) is None
+    finally:
+        for agent in agents:
+            agent.cancel()
+        await asyncio.gather(*agents, return_exceptions=True)
+    assert admin.status(homes["north"])["running"] is False
+
+
+def test_deciding_about_what_was_not_offered_says_so(tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    with pytest.raises(SiloError, match="no study 'x' was offered to this site"):
+        admin.approve(home, "x")
+    assert "no study was offered" in admin.roster(home)
+    SiloHome(home).study("x")
+    with pytest.raises(SiloError, match="has not been offered yet"):
+        admin.approve(home, "x")
+
+
+def test_a_session_in_doubt_is_closed_by_hand(tmp_path: Path) -> None:
+    from secagg.ledger import History, Masked, Opened
+    from tests.secagg.world import make_context, make_roster
+
+    home = make_site(tmp_path, "north")
+    study = SiloHome(home).study("trial")
+    context = make_context(make_roster(4)[0])
+    ledger = LedgerFile(study.ledger, "trial")
+    ledger.append(Opened(context))
+    ledger.append(Masked(context.digest, bytes(32)))
+    with pytest.raises(LedgerError, match="held by another agent"):
+        admin.settle_doubt(home, "trial")
+    ledger.close()
+    assert admin.settle_doubt(home, "trial") == ["session 1 (round 1)"]
+    assert admin.settle_doubt(home, "trial") == []
+    again = LedgerFile(study.ledger, "trial")
+    assert History.of(again.entries()).in_doubt == ()
+
+
+def test_check_reads_everything_and_leaves_a_contact_sheet(tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north", images=30)
+    found = admin.check(home, image_size=8)
+    assert (found.data.count, found.shape) == (30, (1, 8, 8))
+    assert found.sheet.read_bytes().startswith(b"\x89PNG")
+    assert admin.check(home).shape == (1, 32, 32)
