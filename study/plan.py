@@ -167,7 +167,7 @@ class Evaluation(Spec):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of its weights: 64 lower-case hexadecimal digits."""
 
-    feature_bound: Annotated[float, Field(gt=0.0, le=1e6)] = 64.0
+    feature_bound: Annotated[float, Field(gt=0.0, le=1e6)] = 2.0
     """Largest magnitude of a feature; what exceeds it is clipped and counted."""
 
     samples: Annotated[int, Field(ge=2, le=1_000_000)]

@@ -71,7 +71,7 @@ def test_the_canonical_text_is_the_same_plan(text):
 
 def test_the_digest_does_not_see_formatting():
     plain = load_plan(EXAMPLE)
-    squeezed = re.sub(r"\s*#[^\n]*", "", EXAMPLE).replace("5.0", "5").replace("2e-3", "0.0020")
+    squeezed = re.sub(r"\s*#[^\n]*", "", EXAMPLE).replace("5.0", "5").replace("3e-3", "0.0030")
     assert load_plan(squeezed).digest() == plain.digest()
     sections = [f"[{part}" for part in squeezed.split("\n[") if part.strip()]
     assert load_plan("\n".join(reversed(sections))).digest() == plain.digest()
@@ -103,10 +103,10 @@ def test_any_title_survives_the_canonical_text(title):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("count = 8", "count = -1", r"rounds\.count = -1: use at least 1"),
-        ("count = 8", "count = true", r"rounds\.count = true: use a whole number"),
-        ("count = 8", "cuont = 8", r"rounds\.cuont = 8 is unknown: did you mean count\?"),
-        ("count = 8", "", r"rounds\.count is missing: write `count = …` in \[rounds\]"),
+        ("count = 7", "count = -1", r"rounds\.count = -1: use at least 1"),
+        ("count = 7", "count = true", r"rounds\.count = true: use a whole number"),
+        ("count = 7", "cuont = 7", r"rounds\.cuont = 7 is unknown: did you mean count\?"),
+        ("count = 7", "", r"rounds\.count is missing: write `count = …` in \[rounds\]"),
         ("[rounds]", "[round]", r"\[round\] is unknown: did you mean rounds\?"),
         ("[rounds]", "[round]", r"rounds is missing: add a section \[rounds\] with count, local"),
         ("window = 2", 'window = "2"', r'strategy\.window = "2": use a whole number, without quo'),
@@ -115,8 +115,8 @@ def test_any_title_survives_the_canonical_text(title):
         ('kind = "fedddpm_plus"', "", r"strategy\.kind is missing: write `kind = …` in \[strat"),
         ("ring = 16", "ring = 12", r"secure_sum\.ring = 12: use 8, 16 or 32"),
         ("share = 30", "share = 0", r"deadlines\.share = 0: use more than 0"),
-        ("[32, 64]", "[32, 0]", r"model\.block_out_channels\[1\] = 0: use at least 1"),
-        ("[32, 64]", "[32, 60]", r"model\.norm_num_groups = 8 does not divide 60"),
+        ("[16, 32]", "[16, 0]", r"model\.block_out_channels\[1\] = 0: use at least 1"),
+        ("[16, 32]", "[16, 60]", r"model\.norm_num_groups = 8 does not divide 60"),
         ("steps = 50", "steps = 37", r"sampler\.steps = 37 does not divide .* use 40"),
         ("[model]", "[model]\nimage_size = 16", r"model\.image_size = 16 differs from data\.image"),
         ("tau = 0.05", "tau = nan", r"strategy\.tau = NaN: use a finite number"),
@@ -129,15 +129,15 @@ def test_a_wrong_value_is_refused_with_the_key_the_value_and_the_fix(old, new, m
 
 
 def test_every_problem_is_named_at_once():
-    text = changed("count = 8", "count = 0").replace("ring = 16", "ring = 64")
+    text = changed("count = 7", "count = 0").replace("ring = 16", "ring = 64")
     with pytest.raises(PlanError) as caught:
         load_plan(text)
     assert len(caught.value.problems) == 2
 
 
 def test_the_first_clip_is_learning_rate_times_steps_unless_the_plan_says_otherwise():
-    assert load_plan(EXAMPLE).first_clip == pytest.approx(2e-3 * 60)
-    given = load_plan(changed("count = 8", "count = 8\nfirst_clip = 0.25"))
+    assert load_plan(EXAMPLE).first_clip == pytest.approx(3e-3 * 100)
+    given = load_plan(changed("count = 7", "count = 8\nfirst_clip = 0.25"))
     assert given.first_clip == 0.25
 
 
@@ -203,3 +203,15 @@ def test_nothing_here_imports_torch():
     modules = "study.plan, study.encoding, study.reservation, study.fixed_point, study.strategies"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shipped", ["study/plans", "concilium/demo", "tests/e2e"])
+def test_shipped_plans_load_and_pin_the_shipped_feature_networks(shipped: str):
+    from diffusion.features.network import FEATURE_NETWORKS
+
+    found = sorted((Path(__file__).parents[2] / shipped).glob("*.toml"))
+    assert found
+    for path in found:
+        evaluation = load_plan(path).evaluation
+        if evaluation is not None:
+            assert evaluation.sha256 == FEATURE_NETWORKS[evaluation.feature_network].sha256
