@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import structlog
@@ -19,8 +20,9 @@ from coordinator.authority import Peer, peer_of
 from coordinator.contacts import Contacts
 from coordinator.records import NoSuchStudy
 from coordinator.registry import RegistryError
+from coordinator.sessions import Resuming
 from coordinator.spool import DiskFull, UploadRefused, WrongOffset
-from coordinator.studies import Denied, Resuming
+from coordinator.studies import Denied
 from coordinator.uploads import NotYet
 from coordinator.wire import BadRequest, check
 from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
@@ -75,6 +77,8 @@ class Door:
     def __init__(self, contacts: Contacts) -> None:
         self._contacts = contacts
         self._admitted: Mapping[str, str] = {}
+        self._inside: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     def admit(self, certificates: Mapping[str, str]) -> bool:
         """Serial → site of all that are good; whether that changed anything."""
@@ -131,12 +135,31 @@ class Door:
     @asynccontextmanager
     async def _answering(self, context: Context) -> AsyncIterator[None]:
         """Turn what was raised into a status whose text the caller's log can show."""
+        task = asyncio.current_task()
+        if self._closed or task is None:
+            raise asyncio.CancelledError
+        self._inside.add(task)
         try:
             yield
         except AbortError:
             raise
         except Exception as error:
             await _abort(context, error)
+        finally:
+            self._inside.discard(task)
+
+    async def close(self, grace: float) -> None:
+        """Begin no call any more, and return when those that are open have ended; after `grace`
+        seconds they are cancelled. Before this the server must not be stopped: gRPC does not wait
+        for its handlers, and one that then says how its call ended brings the process down
+        (grpc #37239)."""
+        self._closed = True
+        if self._inside:
+            await asyncio.wait(self._inside, timeout=grace)
+        left = list(self._inside)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

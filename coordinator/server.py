@@ -108,8 +108,9 @@ class CoordinatorServer:
         it was when the service starts again."""
         self._service.closing = True
         self._studies.wake()
+        await self._door.close(grace)
         if self._server is not None:
-            await self._server.stop(grace)
+            await self._server.stop(0.5)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

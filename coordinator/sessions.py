@@ -49,6 +49,10 @@ log = structlog.get_logger()
 _TICK = 1.0
 
 
+class Resuming(Exception):
+    """The session is not in memory, after a restart or a failure, and will be: ask again."""
+
+
 @dataclass(frozen=True)
 class SessionEnd:
     """How a session ended.
@@ -209,7 +213,7 @@ class Session:
 
     async def _apply_locked(self, event: CoordinatorEvent) -> None:
         if self._detached:
-            raise NotYet("the session was interrupted and is being taken up again: ask again")
+            raise Resuming("the session was interrupted and is being taken up again: ask again")
         if self.state.over:
             return  # its outcome is what the silos are told next
         state, effects = await asyncio.to_thread(self.state.handle, event)

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from coordinator import records
 from coordinator.contacts import Bell
 from coordinator.records import NoSuchStudy, StudyRow
-from coordinator.sessions import Session
+from coordinator.sessions import Resuming, Session
 from coordinator.store import Store
 from coordinator.wire import BadRequest, task_of
 from protos.v1 import coordination_pb2 as pb
@@ -17,10 +17,6 @@ from secagg import coordinator as core
 from secagg.errors import Reason, Refused
 from secagg.roster import Roster
 from study.plan import Plan, load_plan
-
-
-class Resuming(Exception):
-    """The service has just started and does not have the session yet: ask again."""
 
 
 class Denied(Exception):
