@@ -101,7 +101,11 @@ def _described(plan: Plan, silos: int) -> str:
     if plan.evaluation:
         lines.append(
             f"  evaluation  FID of {plan.evaluation.samples} samples with "
-            f"{plan.evaluation.feature_network}, every {plan.evaluation.every} rounds"
+            f"{plan.evaluation.feature_network}, {_every(plan.evaluation.every)}"
         )
     lines.append(f"  digest      {plan.digest().hex()}")
     return "\n".join(lines)
+
+
+def _every(rounds: int) -> str:
+    return "every round" if rounds == 1 else f"every {rounds} rounds"

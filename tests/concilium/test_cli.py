@@ -1,0 +1,161 @@
+"""What a person types, and what is answered."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from concilium.cli import main
+from concilium.commands.demo import demo_plan
+from concilium.demo.datasets import DATASETS
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("group", "commands"),
+    [
+        ((), "coordinator silo study sample demo"),
+        (("coordinator",), "init invite sites approve revoke serve status"),
+        (("silo",), "init join roster approve decline check run status"),
+        (("study",), "check start pause resume stop list"),
+    ],
+)
+def test_help_names_every_command_with_a_sentence(group: tuple[str, ...], commands: str) -> None:
+    shown = run(*group, "--help")
+    assert shown.exit_code == 0
+    for command in commands.split():
+        assert re.search(rf"^  {command} +\w", shown.output, re.MULTILINE), command
+
+
+def test_help_answers_without_loading_torch_or_the_services() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from concilium.cli import main\n"
+        "CliRunner().invoke(main, ['--help'])\n"
+        "print(sorted({'torch', 'grpc', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    typed = re.findall(r"^concilium (.+?)(?:  +#.*)?$", README.read_text("utf-8"), re.MULTILINE)
+    assert len(typed) > 10
+    for line in typed:
+        words = [word for word in line.split() if not word.startswith("-")]
+        depth = 2 if words[0] in ("coordinator", "silo", "study") else 1
+        shown = run(*words[:depth], "--help")
+        assert shown.exit_code == 0, line
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in shown.output, line
+
+
+@pytest.mark.parametrize("data", list(DATASETS))
+def test_the_demonstrations_plans_load_and_take_another_number_of_rounds(data: str) -> None:
+    assert demo_plan(data, None).rounds.count > 1
+    assert demo_plan(data, 3).rounds.count == 3
+
+
+def test_study_check_says_what_a_plan_means() -> None:
+    shown = run("study", "check", README.parent / "study" / "plans" / "digits.toml")
+    assert shown.exit_code == 0
+    assert "threshold 3, 1 colluders tolerated" in shown.output
+
+
+def test_a_wrong_plan_is_refused_with_key_value_and_fix(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    text = (README.parent / "study" / "plans" / "digits.toml").read_text("utf-8")
+    plan.write_text(text.replace("ring = 16", "ring = 12"), "utf-8")
+    shown = run("study", "check", plan)
+    assert shown.exit_code == 1
+    assert "secure_sum.ring = 12" in shown.output
+    assert "Traceback" not in shown.output
+
+
+def test_an_institution_sets_up_and_looks_at_its_data(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(5):
+        pixels = rng.integers(0, 256, (12, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    home = tmp_path / "silo"
+    made = run("silo", "init", "st-marys", "--data", folder, "--home", home)
+    assert made.exit_code == 0, made.output
+    checked = run("silo", "check", "--image-size", "8", "--home", home)
+    assert checked.exit_code == 0, checked.output
+    assert "5 images, cached as 1×8×8" in checked.output
+    assert "broken.png" in checked.output
+    assert run("silo", "status", "--home", home).output == "the agent has not run yet\n"
+
+
+def test_an_empty_data_folder_is_told_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    home = tmp_path / "silo"
+    run("silo", "init", "st-marys", "--data", tmp_path / "images", "--home", home)
+    shown = run("silo", "check", "--home", home)
+    assert shown.exit_code == 1
+    assert "images" in shown.output
+    assert "Traceback" not in shown.output
+
+
+def test_a_wrong_token_is_told_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    home = tmp_path / "silo"
+    run("silo", "init", "st-marys", "--data", tmp_path / "images", "--home", home)
+    shown = run("silo", "join", "concilium-nonsense", "--home", home)
+    assert shown.exit_code == 1
+    assert "Error" in shown.output
+    assert "Traceback" not in shown.output
+
+
+def test_a_study_centre_sets_up_and_invites(tmp_path: Path) -> None:
+    home = tmp_path / "coordinator"
+    made = run("coordinator", "init", "--address", "127.0.0.1:7443", "--home", home)
+    assert made.exit_code == 0, made.output
+    again = run("coordinator", "init", "--address", "127.0.0.1:7443", "--home", home)
+    assert again.exit_code == 1
+    token = run("coordinator", "invite", "st-marys", "--home", home)
+    assert token.output.startswith("concilium-")
+    assert "st-marys" in run("coordinator", "sites", "--home", home).output
+    assert run("coordinator", "approve", "st-marys", "--home", home).exit_code == 1
+    assert "no study yet" in run("study", "list", "--home", home).output
+    assert "1 sites, 0 studies" in run("coordinator", "status", "--home", home).output
+
+
+def test_sample_draws_a_grid_from_a_model_folder(tmp_path: Path) -> None:
+    from diffusion.model import build_model, initialise, save_pipeline
+
+    plan = demo_plan("digits", None)
+    model = build_model(plan.model)
+    initialise(model, 1)
+    save_pipeline(tmp_path / "model", model, plan.schedule, plan.objective)
+    out = tmp_path / "grid.png"
+    drawn = run("sample", tmp_path / "model", "-n", "4", "--steps", "2", "--out", out)
+    assert drawn.exit_code == 0, drawn.output
+    assert Image.open(out).size[0] > 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused = run("sample", empty)
+    assert refused.exit_code == 1
+    assert "is no model folder" in refused.output
+
+
+def test_the_demonstration_never_replaces_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    shown = run("demo", "--out", tmp_path)
+    assert shown.exit_code == 1
+    assert "choose another --out" in shown.output
+    assert (tmp_path / "precious").exists()
