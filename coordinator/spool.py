@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from secagg.masking import DTYPES, MaskKey, Vector, apply_masks
 
 MAX_CHUNK = 1 << 20
 _SYNC_EVERY = 16 << 20
-_FOLD_CHUNK = 1 << 20  # bytes of one vector in memory at a time
+_FOLD_CHUNK = 1 << 18  # bytes of one vector in memory at a time
 _RESERVE = 64 << 20  # left on the disk for the store
 
 
@@ -91,15 +92,22 @@ class Spool:
     ) -> Vector:
         """Σ of the vectors of `inputs` (silo → digest) and of the keystreams of `keys`, mod 2^b.
 
-        Memory: the sum and one chunk, whatever the number of silos.
+        Memory: the sum and one chunk, whatever the number of silos. A chunk of the sum stays in a
+        core's cache while the vectors are added to it.
         """
         total = np.zeros(length, dtype=DTYPES[ring])
-        step = _FOLD_CHUNK // total.itemsize
-        for silo, sha256 in inputs.items():
-            with open(self._session(study, session) / f"{silo}-{sha256.hex()}", "rb") as file:
-                for start in range(0, length, step):
-                    part = total[start : start + step]
-                    part += np.frombuffer(file.read(part.nbytes), dtype=total.dtype)
+        chunk = np.empty(_FOLD_CHUNK // total.itemsize, dtype=total.dtype)
+        with ExitStack() as opened:
+            folder = self._session(study, session)
+            names = [f"{silo}-{sha256.hex()}" for silo, sha256 in inputs.items()]
+            files = [opened.enter_context(open(folder / name, "rb", 0)) for name in names]
+            for start in range(0, length, chunk.size):
+                part = total[start : start + chunk.size]
+                addend = chunk[: part.size]
+                for file in files:
+                    if file.readinto(addend.data.cast("B")) != part.nbytes:
+                        raise OSError(errno.EIO, "a committed upload is shorter than it was")
+                    part += addend
         apply_masks(total, keys)
         return total
 

@@ -44,19 +44,19 @@ def apply_masks(vector: Vector, keys: Sequence[MaskKey]) -> None:
     if vector.dtype not in DTYPES.values() or vector.ndim != 1 or not vector.flags.c_contiguous:
         raise InvalidParameters("masks go on a contiguous vector of uint8, uint16 or uint32")
     per_chunk = CHUNK_BYTES // vector.dtype.itemsize
-    zeros = bytes(CHUNK_BYTES)
+    zeros = memoryview(bytes(CHUNK_BYTES))
     stream = np.empty(per_chunk, dtype=vector.dtype)
     out = memoryview(stream.data).cast("B")
-    ciphers = [
-        (Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(), k.sign)
+    masks = [
+        (
+            Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(),
+            np.add if k.sign > 0 else np.subtract,
+        )
         for k in keys
     ]
     for start in range(0, vector.size, per_chunk):
         part = vector[start : start + per_chunk]
-        size = part.nbytes
-        for cipher, sign in ciphers:
-            cipher.update_into(memoryview(zeros)[:size], out[:size])
-            if sign > 0:
-                np.add(part, stream[: part.size], out=part)
-            else:
-                np.subtract(part, stream[: part.size], out=part)
+        mask, source, target = stream[: part.size], zeros[: part.nbytes], out[: part.nbytes]
+        for cipher, combine in masks:
+            cipher.update_into(source, target)
+            combine(part, mask, out=part)

@@ -137,13 +137,15 @@ class Encoding:
         count: int,
         loss: float,
         key: bytes,
+        consume: bool = False,
     ) -> Encoded:
         """Encode delta + residual (both float32 [n]) for a silo with coarse count ñ_i = `count`.
 
         `key` is 32 fresh random bytes; the roundings are a function of it (ChaCha20, RFC 8439).
-        `loss` enters the tail weighted by w_i, in steps of 2^-24, limited to [0, 2^16). Neither
-        array is changed: a caller whose vector was dropped from the sum goes on with the residual
-        it already has.
+        `loss` enters the tail weighted by w_i, in steps of 2^-24, limited to [0, 2^16). `residual`
+        is not changed: a caller whose vector was dropped from the sum goes on with the one it
+        already has. With `consume` the new residual takes the memory of `delta`, whose values are
+        lost; else `delta` is not changed either.
 
         A delta (or loss) with NaN or Inf gives zeros with the fault counter at 1.
         Raises ValueError for wrong shapes or dtypes and for a count outside 1 … Σñ.
@@ -157,7 +159,7 @@ class Encoding:
                 f"count = {count} is outside 1 … {self.total_count}, the census' total"
             )
         vector = np.empty(self.length, dtype=WORD[self.ring])
-        carried = np.empty(n, dtype=np.float32)
+        carried = delta if consume else np.empty(n, dtype=np.float32)
         words = vector[:n].view(_SIGNED[self.ring])
         saturated = self._round(delta, residual, words, carried, count=count, key=key)
         weighted = loss * count / self.total_count
@@ -179,9 +181,9 @@ class Encoding:
             )
         words = total[:n].view(_SIGNED[self.ring])
         mean = np.empty(n, dtype=np.float32)
-        unit = np.array([clip / self.scale for clip in self.clips], dtype=real)
+        unit = np.array([[clip / self.scale for clip in self.clips]], dtype=real)
         value = np.empty(_CHUNK, dtype=real)
-        for at, scale in self._chunks(unit):
+        for at, (scale,) in self._chunks(unit):
             y = value[: at.stop - at.start]
             np.copyto(y, words[at])
             np.multiply(y, scale, out=mean[at], casting="same_kind")
@@ -201,27 +203,29 @@ class Encoding:
         """Fill `words` and `carried`; how many were clipped, None where one was not finite."""
         real, share = self._real, count * self.scale / self.total_count
         limit = _limit(share, -(-count * self.scale // self.total_count), real)
-        ulps = np.array([share / clip for clip in self.clips], dtype=real)  # δ → q
-        unit = np.array([clip / share for clip in self.clips], dtype=real)  # q → δ
+        scales = np.array(
+            [[share / clip for clip in self.clips], [clip / share for clip in self.clips]],
+            dtype=real,
+        )  # δ → q, and back
         random = _Dither(key, real)
         buffers = np.empty((2, _CHUNK), dtype=real)
         saturated = 0
-        for (at, up), (_, down) in zip(self._chunks(ulps), self._chunks(unit), strict=True):
-            wanted, q = buffers[:, : at.stop - at.start]
-            np.add(delta[at], residual[at], out=wanted)
-            with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at, (up, down) in self._chunks(scales):
+                wanted, q = buffers[:, : at.stop - at.start]
+                np.add(delta[at], residual[at], out=wanted)
                 np.multiply(wanted, up, out=q)
-                high, low = q.max(), q.min()
-            if not np.isfinite([low, high]).all() and not np.isfinite(wanted).all():
-                return None
-            if high > limit or low < -limit:
-                saturated += int(np.count_nonzero(np.abs(q) > share * (1 + 1e-6)))
-                np.clip(q, -limit, limit, out=q)
-            q += random.next(len(q))
-            np.floor(q, out=q)
-            np.copyto(words[at], q, casting="unsafe")
-            q *= down
-            np.subtract(wanted, q, out=carried[at], casting="same_kind")
+                high, low = float(np.maximum.reduce(q)), float(np.minimum.reduce(q))
+                if not math.isfinite(high - low) and not np.isfinite(wanted).all():
+                    return None
+                if high > limit or low < -limit:
+                    saturated += int(np.count_nonzero(np.abs(q) > share * (1 + 1e-6)))
+                    np.clip(q, -limit, limit, out=q)
+                q += random.next(len(q))
+                np.floor(q, out=q)
+                np.copyto(words[at], q, casting="unsafe")
+                q *= down
+                np.subtract(wanted, q, out=carried[at], casting="same_kind")
         return saturated
 
     @property
@@ -229,23 +233,24 @@ class Encoding:
         return np.float64 if self.ring == 32 else np.float32
 
     def _chunks(self, per_tensor: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
-        """Slices of the flat vector, `per_tensor` spread over their elements (or one for all)."""
+        """Slices of the flat vector, and the columns of `per_tensor` [rows, tensors] spread over
+        their elements: [rows, elements], or [rows] where the slice is within one tensor."""
         ends = list(accumulate(self.sizes))
         n, tensor = ends[-1], 0
-        spread = np.empty(_CHUNK, dtype=per_tensor.dtype)
+        spread = np.empty((len(per_tensor), _CHUNK), dtype=per_tensor.dtype)
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
             while ends[tensor] <= start:
                 tensor += 1
             if stop <= ends[tensor]:
-                yield slice(start, stop), per_tensor[tensor]
+                yield slice(start, stop), per_tensor[:, tensor]
                 continue
             inside, low = tensor, start
             while low < stop:
                 high = min(ends[inside], stop)
-                spread[low - start : high - start] = per_tensor[inside]
+                spread[:, low - start : high - start] = per_tensor[:, inside, None]
                 inside, low = inside + 1, high
-            yield slice(start, stop), spread[: stop - start]
+            yield slice(start, stop), spread[:, : stop - start]
 
 
 class _Dither:
