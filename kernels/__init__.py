@@ -5,18 +5,23 @@ file each.
 from kernels.adamw_ema import adamw_ema_
 from kernels.ddpm_loss import ddpm_loss
 from kernels.group_norm_silu import group_norm_silu
+from kernels.mask_add import add_masks_, mask_add
 from kernels.noise import derive_key, normal, timesteps, uniform
 from kernels.q_sample import add_noise, q_sample
+from kernels.quantiser import Quantiser
 from kernels.sampler_step import sampler_step
 from kernels.unet import apply_to_unet
 
 __all__ = [
+    "Quantiser",
     "adamw_ema_",
+    "add_masks_",
     "add_noise",
     "apply_to_unet",
     "ddpm_loss",
     "derive_key",
     "group_norm_silu",
+    "mask_add",
     "normal",
     "q_sample",
     "sampler_step",

@@ -42,6 +42,7 @@ def cases() -> dict[str, Case]:
     from kernels.adamw_ema import _adamw_ema_kernel
     from kernels.ddpm_loss import _finish_kernel, _residual_kernel
     from kernels.group_norm_silu import _backward_kernel, _forward_kernel
+    from kernels.mask_add import _mask_add_kernel
     from kernels.noise import _normal_kernel
     from kernels.q_sample import _q_sample_kernel
     from kernels.sampler_step import _sampler_step_kernel
@@ -149,6 +150,28 @@ def cases() -> dict[str, Case]:
         ):
             of = {k: v for k, v in of.items() if k not in fixed}
             found[name.format(title)] = Case(kernel, of, fixed, hints, wide=True, fp_fusion=True)
+    found |= _mask_add_cases(_mask_add_kernel)
+    return found
+
+
+def _mask_add_cases(kernel: Any) -> dict[str, Case]:
+    found = {}
+    for ring, quantise in ((8, True), (16, True), (32, True), (16, False)):
+        real = "*fp64" if ring == 32 else "*fp32"
+        types = {"words": f"*i{ring}", "keys": "*i32", "signs": "*i64", "n_keys": "i32"}
+        types |= {"size": "i32", "first_block": "i32", "skip": "i32"}
+        fixed: dict[str, Any] = {"QUANTISE": quantise, "RING": ring, "SEARCH": 8}
+        fixed["LANES"] = 64 if quantise and ring == 8 else 128
+        given = {"delta": "*fp32", "residual": "*fp32", "carried": "*fp32", "ends": "*i64"}
+        given |= {"up": real, "down": real, "bounds": real, "partial": "*i32"}
+        given |= {"rounding_key": "*i32", "n_tensors": "i32"}
+        if quantise:
+            types |= given
+        else:
+            fixed |= dict.fromkeys(given)
+        hints = ("words", "delta", "residual", "carried", "size", "skip")
+        name = f"mask_add/{'quantise and ' if quantise else ''}mask {ring}"
+        found[name] = Case(kernel, types, fixed, hints, wide=True)
     return found
 
 

@@ -1,0 +1,378 @@
+"""A model delta quantised and masked for a secure sum over Z_2^b, b = 8, 16 or 32, in one pass.
+
+    wanted = delta + residual                                  in float32
+    q      = floor(clip(wanted * up_l, -limit, limit) + u)     up_l = w S / c_l, tensor l
+    out    = q + sum_k sign_k keystream(key_k)  mod 2^b        carried = wanted - q down_l
+
+u is made of the ChaCha20 stream of the rounding key: 16 bits an element and float32 arithmetic for
+b = 8 and 16, 32 bits and float64 for b = 32. Element e is masked with bytes e b/8 ... (e + 1) b/8 -
+1 of each keystream, little-endian (docs/secure-sum.md, *Masks*).
+
+On a GPU b = 8 takes two launches, one to quantise and one to mask.
+
+Every operation is an addition, multiplication, rounding or comparison whose result IEEE 754 fixes,
+in a fixed order and without fused multiply-add. A GPU therefore makes the bytes that the CPU path
+(`study.encoding`, `secagg.masking`) makes, and both can sit in one session. Stochastic rounding
+with error feedback: arXiv 1901.09847.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._arguments import check_device, check_dtype, check_same_shape, on_device_of
+from kernels.chacha20 import BLOCK_BYTES, MAX_BLOCKS, keystream_block, keystream_reference
+from kernels.quantiser import RING_DTYPES, Quantiser
+
+_RINGS = {dtype: ring for ring, dtype in RING_DTYPES.items()}
+_LANES = 128  # blocks of keystream to a program: one a thread
+_LANES_8 = 64  # where bytes are quantised: with 64 elements a thread, registers run out
+_CHUNK = 1 << 20  # elements at a time on the CPU
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_in_lanes(a, b, RING: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Packed ring elements added within 32-bit words: no carry crosses from one to the next."""
+    if RING == 32:
+        return a + b
+    high: tl.constexpr = 0x80008000 if RING == 16 else 0x80808080
+    low: tl.constexpr = 0x7FFF7FFF if RING == 16 else 0x7F7F7F7F
+    return ((a & low) + (b & low)) ^ ((a ^ b) & high)
+
+
+@triton.jit
+def _halves(words):  # type: ignore[no-untyped-def]
+    return tl.interleave(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def _elements(words, RING: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words cut into ring elements, little-endian."""
+    if RING == 32:
+        return words
+    elif RING == 16:
+        return _halves(words)
+    else:
+        halves = _halves(words)
+        return tl.interleave(halves & 0xFF, halves >> 8)
+
+
+@triton.jit
+def _sum_of_keystreams(keys, signs, n_keys, counter, RING: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sum sign keystream, packed. -w is ~w + 1, and the ones are added at the end."""
+    ones: tl.constexpr = 1 if RING == 32 else (0x00010001 if RING == 16 else 0x01010101)
+    total = tl.zeros((LANES * 16,), tl.uint32)
+    one = total + ones
+    for k in range(n_keys):
+        subtract = tl.load(signs + k) < 0
+        words = keystream_block(keys + 8 * k, counter)
+        total = _add_in_lanes(total, tl.where(subtract, ~words, words), RING)
+        total = _add_in_lanes(total, tl.where(subtract, one, 0), RING)
+    return total
+
+
+@triton.jit
+def _tensor_of(at, ends, n_tensors, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number of tensors that end at or before element `at`, by binary search."""
+    found = (at * 0).to(tl.int32)
+    for i in tl.static_range(SEARCH):
+        candidate = found + (1 << (SEARCH - 1 - i))
+        inside = candidate <= n_tensors
+        end = tl.load(ends + candidate - 1, mask=inside, other=0)
+        found = tl.where(inside & (end <= at), candidate, found)
+    return found
+
+
+@triton.jit
+def _mask_add_kernel(  # type: ignore[no-untyped-def]
+    words,
+    delta,
+    residual,
+    carried,
+    partial,
+    ends,
+    up,
+    down,
+    bounds,
+    rounding_key,
+    keys,
+    signs,
+    n_keys,
+    n_tensors,
+    size,
+    first_block,
+    skip,
+    QUANTISE: tl.constexpr,
+    RING: tl.constexpr,
+    SEARCH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """words[...] (+)= q + masks; `skip` elements of the first block lie before words[0]."""
+    PER_BLOCK: tl.constexpr = 512 // RING
+    program = tl.program_id(0)
+    start = program.to(tl.int64) * (LANES * PER_BLOCK) - skip
+    lane = tl.arange(0, LANES * PER_BLOCK)
+    at = start + lane
+    inside = (at >= 0) & (at < size)
+    counter = (first_block + program.to(tl.int64) * LANES).to(tl.uint32)
+    counter = counter + tl.arange(0, LANES).to(tl.uint32)
+    if QUANTISE:
+        REAL: tl.constexpr = tl.float64 if RING == 32 else tl.float32
+        if RING == 32:
+            bits = keystream_block(rounding_key, counter)
+            u = bits.to(tl.float64) * 2.3283064365386963e-10
+        elif RING == 16:
+            u = _halves(keystream_block(rounding_key, counter)).to(tl.float32) * 1.52587890625e-05
+        else:  # 16 bits an element: two blocks of dither for one of masks
+            twice = program.to(tl.uint32) * (2 * LANES) + tl.arange(0, 2 * LANES).to(tl.uint32)
+            u = _halves(keystream_block(rounding_key, twice)).to(tl.float32) * 1.52587890625e-05
+        wanted = tl.load(delta + at, mask=inside, other=0.0)
+        wanted = (wanted + tl.load(residual + at, mask=inside, other=0.0)).to(REAL)
+        tensor = _tensor_of(at, ends, n_tensors, SEARCH)
+        finite = tl.abs(wanted) < float("inf")
+        q = wanted * tl.load(up + tensor, mask=inside, other=0.0)
+        limit = tl.load(bounds)
+        over = tl.abs(q) > tl.load(bounds + 1)
+        tl.store(partial + 2 * program, tl.sum((over & inside).to(tl.int32)))
+        tl.store(partial + 2 * program + 1, tl.sum((~finite).to(tl.int32)))
+        q = tl.minimum(tl.maximum(tl.where(finite, q, 0.0), -limit), limit)
+        q = tl.floor(q + u)
+        rest = wanted - q * tl.load(down + tensor, mask=inside, other=0.0)
+        tl.store(carried + at, rest.to(tl.float32), mask=inside)
+        value = q.to(tl.int32)
+    else:
+        value = tl.load(words + at, mask=inside, other=0).to(tl.int32)
+    masks = _elements(_sum_of_keystreams(keys, signs, n_keys, counter, RING, LANES), RING)
+    value = value + masks.to(tl.int32, bitcast=True)
+    tl.store(words + at, value.to(words.dtype.element_ty), mask=inside)
+
+
+def _launch_mask_add(
+    words: Tensor,
+    keys: Tensor,
+    signs: Tensor,
+    first: int = 0,
+    rounding: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    """Add masks to `words`, or fill it: `rounding` is (delta, residual, carried, ends, up, down,
+    bounds, rounding key). Returns the numbers of clipped and of not finite elements.
+    """
+    ring = _RINGS[words.dtype]
+    per_block = 8 * BLOCK_BYTES // ring
+    skip = first % per_block
+    apart = rounding is not None and ring == 8  # too many elements a thread to do both at once
+    lanes = _LANES_8 if apart else _LANES
+    programs = triton.cdiv(skip + words.numel(), lanes * per_block)
+    partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
+    delta, residual, carried, ends, up, down, bounds, rounding_key = rounding or (None,) * 8
+    n_tensors = 0 if ends is None else ends.numel()
+    if words.numel():
+        with on_device_of(words):
+            _mask_add_kernel[(programs,)](
+                words, delta, residual, carried, partial, ends, up, down, bounds, rounding_key,
+                keys, signs, 0 if apart else keys.shape[0], n_tensors, words.numel(),
+                first // per_block, skip, QUANTISE=rounding is not None, RING=ring,
+                SEARCH=n_tensors.bit_length(), LANES=lanes, enable_fp_fusion=False,
+            )  # fmt: skip
+    if apart:
+        _launch_mask_add(words, keys, signs, first)
+    return partial.sum(0)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def _stream_elements(key: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Elements `first` ... `first` + `count` - 1 of a keystream cut into elements of `dtype`."""
+    per_block = BLOCK_BYTES // dtype.itemsize
+    block, skip = divmod(first, per_block)
+    words = keystream_reference(key, block, -(-(skip + count) // per_block))
+    return words.view(dtype)[skip : skip + count]
+
+
+def add_masks_reference_(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK]
+        for key, sign in zip(keys, signs.tolist(), strict=True):
+            masks = _stream_elements(key, first + start, part.numel(), words.dtype)
+            part.add_(masks if sign > 0 else -masks)
+
+
+def _round_reference(
+    wanted: Tensor, up: Tensor, down: Tensor, bounds: Tensor, bits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, rest, clipped, finite); all in the dtype of `up`, `bits` are the unsigned dither."""
+    u = bits.to(up.dtype).mul_(2.0**-32 if up.dtype == torch.float64 else 2.0**-16)
+    wanted = wanted.to(up.dtype)
+    finite = wanted.isfinite()
+    q = wanted * up
+    over = q.abs() > bounds[1]
+    q = q.where(finite, q.new_zeros(())).clamp_(-bounds[0], bounds[0]).add_(u).floor_()
+    return q, wanted.sub_(q * down), over, finite
+
+
+def mask_add_reference(
+    words: Tensor, delta: Tensor, residual: Tensor, carried: Tensor, ends: Tensor, up: Tensor,
+    down: Tensor, bounds: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
+) -> Tensor:  # fmt: skip
+    """Fill `words` and `carried`; the numbers of clipped and of not finite elements."""
+    counts = torch.zeros(2, dtype=torch.int64, device=words.device)
+    wide = words.dtype == torch.int32
+    for start in range(0, words.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        size = words[part].numel()
+        dither = torch.int32 if wide else torch.int16
+        bits = _stream_elements(rounding_key, start, size, dither).to(torch.int64)
+        bits &= 0xFFFFFFFF if wide else 0xFFFF
+        at = torch.arange(start, start + size, device=words.device)
+        tensor = torch.bucketize(at, ends, right=True)
+        wanted = delta[part] + residual[part]
+        q, rest, over, finite = _round_reference(wanted, up[tensor], down[tensor], bounds, bits)
+        words[part] = q.to(torch.int32).to(words.dtype)
+        carried[part] = rest
+        counts += torch.stack([over.sum(), (~finite).sum()])
+    add_masks_reference_(words, keys, signs, 0)
+    return counts
+
+
+# --- the ops --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("concilium::mask_add", mutates_args=(), device_types="cpu")
+def _mask_add(
+    delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
+    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
+    counts = mask_add_reference(
+        words, delta, residual, carried, ends, up, down, bounds, rounding_key, keys, signs
+    )
+    return words, carried, counts
+
+
+@_mask_add.register_kernel("cuda")
+def _mask_add_cuda(
+    delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
+    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
+    rounding = (delta, residual, carried, ends, up, down, bounds, rounding_key)
+    return words, carried, _launch_mask_add(words, keys, signs, rounding=rounding)
+
+
+@_mask_add.register_fake
+def _mask_add_fake(
+    delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
+    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    words = torch.empty_like(delta, dtype=RING_DTYPES[ring])
+    return words, torch.empty_like(delta), delta.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.custom_op("concilium::add_masks_", mutates_args=("words",), device_types="cpu")
+def _add_masks(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
+    add_masks_reference_(words, keys, signs, first)
+
+
+@_add_masks.register_kernel("cuda")
+def _add_masks_cuda(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
+    _launch_mask_add(words, keys, signs, first)
+
+
+@_add_masks.register_fake
+def _add_masks_fake(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
+    return None
+
+
+def _check_keys(op: str, keys: Tensor, signs: Tensor, device: torch.device) -> None:
+    check_dtype(op, "keys", keys, (torch.uint8,))
+    check_dtype(op, "signs", signs, (torch.int64,))
+    if keys.dim() != 2 or keys.shape[1] != 32 or signs.shape != keys.shape[:1]:
+        raise ValueError(
+            f"{op}: keys must be (N, 32) bytes and signs (N,), got {tuple(keys.shape)} and "
+            f"{tuple(signs.shape)}"
+        )
+    check_device(op, device, keys=keys, signs=signs)
+
+
+def _check_length(op: str, end: int, item: int) -> None:
+    if end * item > MAX_BLOCKS * BLOCK_BYTES:
+        raise ValueError(
+            f"{op}: {end} elements of {item} bytes need more than the 2^32 blocks that one key "
+            "may make (RFC 8439); split the vector over several sessions"
+        )
+
+
+def _check_vector(op: str, name: str, value: Tensor) -> None:
+    if value.dim() != 1 or not value.is_contiguous():
+        raise ValueError(f"{op}: {name} must be one flat contiguous buffer")
+
+
+def mask_add(
+    delta: Tensor,
+    residual: Tensor,
+    quantiser: Quantiser,
+    *,
+    rounding_key: Tensor,
+    keys: Tensor,
+    signs: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(words, carried, counts) of delta + residual, float32 ``(n,)`` each.
+
+    ``rounding_key``: 32 fresh random bytes, uint8 ``(32,)``. ``keys``: uint8 ``(N, 32)``, each for
+    one vector only; N = 0 quantises without masks. ``signs``: +1 or -1, int64 ``(N,)``.
+
+    ``words``: int8, int16 or int32 ``(n,)``, the two's complement of the unsigned ring elements.
+    ``carried``: float32 ``(n,)``, what the words leave out. ``counts``: int64 ``(2,)``, the
+    elements beyond their clip and those not finite. Where the second is not zero the words mean
+    nothing: never send them, mask a vector of zeros with :func:`add_masks_` instead.
+
+    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and for a
+    vector longer than one keystream. RFC 8439; arXiv 1901.09847.
+    """
+    op = "mask_add"
+    for name, value in (("delta", delta), ("residual", residual)):
+        check_dtype(op, name, value, (torch.float32,))
+        _check_vector(op, name, value)
+    check_same_shape(op, "residual", residual, "delta", delta)
+    check_dtype(op, "rounding_key", rounding_key, (torch.uint8,))
+    if rounding_key.shape != (32,):
+        raise ValueError(f"{op}: rounding_key must be 32 bytes, got {tuple(rounding_key.shape)}")
+    _check_keys(op, keys, signs, delta.device)
+    check_device(op, delta.device, residual=residual, rounding_key=rounding_key, up=quantiser.up)
+    _check_length(op, delta.numel(), max(2, quantiser.ring // 8))
+    words, carried, counts = _mask_add(
+        delta.detach(), residual.detach(), quantiser.ends, quantiser.up, quantiser.down,
+        quantiser.bounds, _as_words(rounding_key), _as_words(keys), signs, quantiser.ring,
+    )  # fmt: skip
+    return words, carried, counts
+
+
+def add_masks_(words: Tensor, *, keys: Tensor, signs: Tensor, first: int = 0) -> None:
+    """words <- words + sum_k signs_k keystream(keys_k) mod 2^b, in place.
+
+    ``words``: int8, int16 or int32 ``(n,)``, contiguous: elements ``first`` ... ``first`` + n - 1
+    of a vector. ``keys``, ``signs`` as for :func:`mask_add`. Raises ``TypeError`` for a wrong
+    dtype, ``ValueError`` for a wrong shape or device and past the end of a keystream. RFC 8439.
+    """
+    op = "add_masks_"
+    check_dtype(op, "words", words, tuple(_RINGS))
+    _check_vector(op, "words", words)
+    _check_keys(op, keys, signs, words.device)
+    if first < 0:
+        raise ValueError(f"{op}: first must not be negative, got {first}")
+    _check_length(op, first + words.numel(), words.element_size())
+    _add_masks(words, _as_words(keys), signs, first)
+
+
+def _as_words(key: Tensor) -> Tensor:
+    """Little-endian 32-bit words of keys, as RFC 8439 section 2.3 reads them."""
+    if not key.numel():
+        return key.new_empty((0, 8), dtype=torch.int32)
+    return key.contiguous().view(torch.int32)
