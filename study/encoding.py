@@ -209,10 +209,12 @@ class Encoding:
         )  # δ → q, and back
         random = _Dither(key, real)
         buffers = np.empty((2, _CHUNK), dtype=real)
+        in_place = real is np.float32  # then the sum needs no memory but the residual's
         saturated = 0
         with np.errstate(over="ignore", invalid="ignore"):
             for at, (up, down) in self._chunks(scales):
-                wanted, q = buffers[:, : at.stop - at.start]
+                wide, q = buffers[:, : at.stop - at.start]
+                wanted = carried[at] if in_place else wide
                 np.add(delta[at], residual[at], out=wanted)
                 np.multiply(wanted, up, out=q)
                 high, low = float(np.maximum.reduce(q)), float(np.minimum.reduce(q))
