@@ -91,15 +91,25 @@ def _to_uint8(x_0: torch.Tensor) -> Images:
     return pixels
 
 
+def _enlarged(image: Images, scale: int) -> Images:
+    """uint8 (c, h, w) → (h·scale, w·scale, c)."""
+    channels, height, width = image.shape
+    pixels = image[0] if channels == 1 else image.transpose(1, 2, 0)
+    size = (width * scale, height * scale)
+    large = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return large.reshape(height * scale, width * scale, channels)
+
+
 def grid_png(images: Images, path: Path, columns: int = 10, tile: int = 64) -> None:
     """Write images (uint8 (n, 1 or 3, h, w)) as one PNG grid, left to right, top to bottom.
 
-    Small images are enlarged by the largest whole factor that keeps them within `tile` pixels, so
-    that every pixel becomes a square; missing tiles of the last row stay white.
+    Small images are enlarged (bicubic) by the largest whole factor that keeps them within `tile`
+    pixels: squares of eight by eight hide from the eye what it reads easily in a smooth picture.
+    Missing tiles of the last row stay white.
     """
     n, channels, height, width = images.shape
     scale = max(1, tile // max(height, width))
-    large = images.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)
+    large = [_enlarged(image, scale) for image in images]
     gap = 2
     rows = math.ceil(n / columns)
     cell_h, cell_w = height * scale + gap, width * scale + gap

@@ -153,6 +153,10 @@ class Rounds(Spec):
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)]
     """Training steps per silo and round: the same everywhere, so that time tells nothing."""
 
+    final_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Local learning rate of the last round as a share of the first round's; a geometric sequence
+    between them. Late rounds with small steps drift apart less."""
+
     first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] | None = None
     """Largest change of a parameter in the first round (later clips follow the aggregates);
     absent = learning_rate · local_steps."""
@@ -205,6 +209,12 @@ class Plan(Spec):
         given = self.rounds.first_clip
         bound = self.optimizer.learning_rate * self.rounds.local_steps
         return float(np.float32(bound if given is None else given))
+
+    def optimizer_of(self, round: int) -> OptimizerSpec:
+        """The local optimiser of a round, 1 … rounds.count: lr_r = lr · f^((r − 1)/(R − 1))."""
+        passed = (round - 1) / max(1, self.rounds.count - 1)
+        rate = self.optimizer.learning_rate * self.rounds.final_learning_rate**passed
+        return self.optimizer.model_copy(update={"learning_rate": rate})
 
     def toml(self) -> str:
         """The canonical text: every key with its value, in the order of the models."""

@@ -138,6 +138,24 @@ def decline(study: str, why: str, home: Path) -> None:
 
 
 @command.command()
+@click.argument("study")
+@click.confirmation_option(
+    prompt="Have the sites agreed that the sessions in doubt stay closed? Their quantities are "
+    "never summed again"
+)
+@_home
+@_plainly
+def settle(study: str, home: Path) -> None:
+    """Close by hand the sessions of STUDY of which nothing proves how they ended.
+
+    Stop the agent first. Needed only when a session could reach neither a sum nor an abort, because
+    too many sites are gone for good.
+    """
+    closed = admin.settle_doubt(home, study)
+    click.echo("\n".join(f"closed {session}" for session in closed) or "nothing is in doubt")
+
+
+@command.command()
 @_home
 @_plainly
 def run(home: Path) -> None:

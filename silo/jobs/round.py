@@ -81,7 +81,7 @@ def _train(
         steps=steps,
         schedule=plan.schedule,
         objective=plan.objective,
-        optimizer=plan.optimizer,
+        optimizer=plan.optimizer_of(order.round),
         seed=order.seed,
         execution=choose_execution(order.machine.device, order.machine.threads),
         first_step=(order.round - 1) * steps,

@@ -28,7 +28,7 @@ def run(*arguments: str | Path) -> Result:
     [
         ((), "coordinator silo study sample demo"),
         (("coordinator",), "init invite sites approve revoke serve status"),
-        (("silo",), "init join roster approve decline check run status"),
+        (("silo",), "init join roster approve decline settle check run status"),
         (("study",), "check start pause resume stop list"),
     ],
 )

@@ -9,6 +9,7 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,3 +216,13 @@ def test_shipped_plans_load_and_pin_the_shipped_feature_networks(shipped: str):
         evaluation = load_plan(path).evaluation
         if evaluation is not None:
             assert evaluation.sha256 == FEATURE_NETWORKS[evaluation.feature_network].sha256
+
+
+def test_the_local_learning_rate_falls_geometrically_to_its_final_share():
+    plan = load_plan(EXAMPLE)
+    rates = [plan.optimizer_of(r).learning_rate for r in range(1, plan.rounds.count + 1)]
+    assert rates[0] == plan.optimizer.learning_rate
+    assert rates[-1] == pytest.approx(0.1 * rates[0])
+    assert np.allclose(np.diff(np.log(rates)), np.log(0.1) / (plan.rounds.count - 1))
+    constant = load_plan(MINIMAL)
+    assert constant.optimizer_of(1) == constant.optimizer
