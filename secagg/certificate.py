@@ -34,11 +34,11 @@ class Certificate:
     @classmethod
     def decode(cls, data: bytes) -> Certificate:
         reader = Reader(data, "certificate")
-        kind, context = reader.u8(), reader.blob(HASH_BYTES)
+        kind, context = reader.u8(), reader.exactly(HASH_BYTES)
         messages = reader.items(lambda: Signed.read(reader), MAX_SILOS)
         reader.finish()
-        if kind not in _KINDS or len(context) != HASH_BYTES:
-            raise MalformedMessage("certificate: no such kind, or a digest of wrong length")
+        if kind not in _KINDS:
+            raise MalformedMessage(f"certificate: no kind {kind}")
         return cls(_KINDS[kind], context, messages)
 
     @cached_property
@@ -78,6 +78,11 @@ class Certificate:
             return message.body, ()
         confirm = Confirm.decode(message.body)
         return confirm.t2, confirm.survivors
+
+    @property
+    def t2(self) -> bytes:
+        """T2 of a sum certificate, empty for an abort."""
+        return Confirm.decode(self.messages[0].body).t2 if self.is_sum else b""
 
     @property
     def survivors(self) -> tuple[int, ...]:

@@ -87,6 +87,13 @@ class Reader:
             raise MalformedMessage(f"{self._what}: a field of {length} bytes, at most {at_most}")
         return self.fixed(length)
 
+    def exactly(self, length: int) -> bytes:
+        """A blob whose length is fixed: a digest, a key, a signature."""
+        value = self.blob(length)
+        if len(value) != length:
+            raise MalformedMessage(f"{self._what}: a field of {len(value)} bytes, not {length}")
+        return value
+
     def text(self, at_most: int) -> str:
         try:
             return self.blob(at_most).decode("utf-8")

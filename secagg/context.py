@@ -104,13 +104,14 @@ class SessionContext:
     def decode(cls, data: bytes) -> SessionContext:
         """Raises `MalformedMessage`; parse then encode gives the same bytes."""
         r = Reader(data, "session context")
-        head = (r.text(200), r.u32(), r.blob(HASH_BYTES), r.u16(), r.u16(), r.u16(), r.u64())
+        head = (r.text(200), r.u32(), r.exactly(HASH_BYTES), r.u16(), r.u16(), r.u16(), r.u64())
         quantity = Quantity(r.text(_MAX_PURPOSE), r.u32())
-        body = (r.blob(HASH_BYTES), r.blob(HASH_BYTES), r.u8(), r.u64(), r.blob(HASH_BYTES))
-        tail = (r.blob(HASH_BYTES), r.indices(MAX_SILOS), r.blob(HASH_BYTES))
+        body = (r.exactly(HASH_BYTES), r.exactly(HASH_BYTES), r.u8(), r.u64())
+        bound = (r.exactly(HASH_BYTES), r.exactly(HASH_BYTES), r.indices(MAX_SILOS))
+        previous = r.exactly(HASH_BYTES)
         r.finish()
         try:
-            return cls(*head, quantity, *body, *tail)
+            return cls(*head, quantity, *body, *bound, previous)
         except InvalidParameters as error:
             raise MalformedMessage(f"session context: {error}") from error
 

@@ -12,13 +12,37 @@ from dataclasses import dataclass, field, replace
 
 from secagg.certificate import Certificate
 from secagg.codec import Reader, blob, indices, u8
-from secagg.context import NO_HASH, SessionContext
+from secagg.context import NO_HASH, Quantity, SessionContext
 from secagg.errors import MalformedMessage, Reason, Refused
 from secagg.primitives import HASH_BYTES
 from secagg.roster import MAX_SILOS
 
-# Summed once per roster epoch: a second sum over another set would give one silo by subtraction.
-STATIC_PURPOSES = frozenset({"census", "moments"})
+
+@dataclass(frozen=True)
+class Purpose:
+    """What the sums of one purpose are bound to, and so when one is the same sum again.
+
+    `static`: summed once per roster epoch (round = epoch); a second sum over another set would
+    give one silo by subtraction. `model`: made from an input model, and from each one once.
+    `reserved_by`: made by exactly the silos of an earlier sum, of this purpose and the same round.
+    """
+
+    static: bool = False
+    model: bool = False
+    reserved_by: str = ""
+
+
+# Closed: under a name of its own the coordinator could ask for the same thing a second time.
+PURPOSES = {
+    "census": Purpose(static=True),
+    "moments": Purpose(static=True),
+    "tags": Purpose(),
+    "images": Purpose(reserved_by="tags"),
+    "round": Purpose(model=True),
+}
+STATIC_PURPOSES = frozenset(name for name, purpose in PURPOSES.items() if purpose.static)
+# An ABORT for a session that we never opened costs the coordinator nothing and us an entry.
+MAX_FOREIGN_ABORTS = 4096
 _MAX_CONTEXT = 4096
 _MAX_LOCKED = 1 << 20
 
@@ -81,7 +105,8 @@ class Overruled:
     ctx: bytes
 
 
-Entry = Opened | Masked | Confirmed | Unmasked | Aborted | Settled | Overruled
+Later = Masked | Confirmed | Unmasked | Aborted | Settled | Overruled
+Entry = Opened | Later
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -118,23 +143,23 @@ def decode_entry(data: bytes) -> Entry:
     if kind == 1:
         entry = Opened(SessionContext.decode(r.blob(_MAX_CONTEXT)))
     elif kind == 2:
-        entry = Masked(r.blob(HASH_BYTES), r.blob(HASH_BYTES))
+        entry = Masked(r.exactly(HASH_BYTES), r.exactly(HASH_BYTES))
     elif kind == 3:
-        ctx, t2 = r.blob(HASH_BYTES), r.blob(HASH_BYTES)
+        ctx, t2 = r.exactly(HASH_BYTES), r.exactly(HASH_BYTES)
         members, survivors = r.indices(MAX_SILOS), r.indices(MAX_SILOS)
-        entry = Confirmed(ctx, t2, members, survivors, r.blob(HASH_BYTES), r.blob(_MAX_LOCKED))
+        entry = Confirmed(ctx, t2, members, survivors, r.exactly(HASH_BYTES), r.blob(_MAX_LOCKED))
     elif kind == 4:
-        entry = Unmasked(r.blob(HASH_BYTES))
+        entry = Unmasked(r.exactly(HASH_BYTES))
     elif kind == 5:
-        entry = Aborted(r.blob(HASH_BYTES))
+        entry = Aborted(r.exactly(HASH_BYTES))
     elif kind == 6:
-        ctx, certificate = r.blob(HASH_BYTES), r.blob(HASH_BYTES)
+        ctx, certificate = r.exactly(HASH_BYTES), r.exactly(HASH_BYTES)
         summed, included = r.u8(), r.u8()
         if summed > 1 or included > 1:
             raise MalformedMessage("ledger entry: a flag is neither 0 nor 1")
         entry = Settled(ctx, certificate, bool(summed), bool(included))
     elif kind == 7:
-        entry = Overruled(r.blob(HASH_BYTES))
+        entry = Overruled(r.exactly(HASH_BYTES))
     else:
         raise MalformedMessage(f"ledger entry: no kind {kind}")
     r.finish()
@@ -188,6 +213,11 @@ class History:
         return replace(self, sessions=sessions, aborted=aborted)
 
     @property
+    def last(self) -> SessionRecord | None:
+        """The session that was opened last."""
+        return next(reversed(self.sessions.values()), None)
+
+    @property
     def in_doubt(self) -> tuple[SessionRecord, ...]:
         return tuple(record for record in self.sessions.values() if record.in_doubt)
 
@@ -207,12 +237,39 @@ class History:
             raise Refused(
                 Reason.IN_DOUBT, f"session {record.context.session} ({record.context.quantity})"
             )
-        q = context.quantity
-        if q.purpose in STATIC_PURPOSES and q.round != context.epoch:
-            raise Refused(Reason.QUANTITY_CLOSED, f"{q.purpose} is summed once per roster epoch")
+        self._check_purpose(context)
         for record in self.sessions.values():
             if record.masked and not _aborted_for_certain(record):
                 _check_against(record.context, context)
+
+    def _check_purpose(self, context: SessionContext) -> None:
+        q = context.quantity
+        purpose = PURPOSES.get(q.purpose)
+        if purpose is None:
+            raise Refused(Reason.UNKNOWN_PURPOSE, repr(q.purpose))
+        if purpose.static and q.round != context.epoch:
+            raise Refused(Reason.QUANTITY_CLOSED, f"{q.purpose} is summed once per roster epoch")
+        if purpose.model is (context.model == NO_HASH):
+            raise Refused(Reason.WRONG_BINDING, f"{q}: input model")
+        reserved = bool(purpose.reserved_by)
+        if (context.reservation != NO_HASH, bool(context.survivors)) != (reserved, reserved):
+            raise Refused(Reason.WRONG_BINDING, f"{q}: reservation")
+        if reserved:
+            self._check_reservation(Quantity(purpose.reserved_by, q.round), context)
+
+    def _check_reservation(self, earlier: Quantity, context: SessionContext) -> None:
+        """We are in the sum that reserved, under this roster; and if we confirmed its survivors,
+        they are those that may be summed now."""
+        for record in self.sessions.values():
+            then, settled, confirmed = record.context, record.settled, record.confirmed
+            if (then.quantity, then.roster) != (earlier, context.roster):
+                continue
+            if settled is None or not settled.included:
+                continue
+            if confirmed is not None and confirmed.survivors != context.survivors:
+                raise Refused(Reason.WRONG_SURVIVORS, f"{earlier} was over {confirmed.survivors}")
+            return
+        raise Refused(Reason.WRONG_BINDING, f"we are in no sum of {earlier}")
 
     def check_unmask(self, ctx: bytes) -> None:
         """UNMASK and ABORT exclude each other."""
@@ -223,22 +280,33 @@ class History:
         record = self.sessions.get(ctx)
         if record is not None and record.unmasked:
             raise Refused(Reason.ALREADY_UNMASKED)
+        foreign = self.aborted - self.sessions.keys()
+        if record is None and ctx not in foreign and len(foreign) >= MAX_FOREIGN_ABORTS:
+            raise Refused(Reason.TOO_MANY_ABORTS)
 
-    def settle(self, certificate: Certificate, index: int) -> Settled:
-        """The entry for a certificate that was checked against the roster.
+    def settle(self, certificate: Certificate, index: int) -> Settled | None:
+        """The entry for a certificate that was checked against the session's roster, or None if it
+        says what we know already or is of a session that we never opened.
 
-        Raises `Refused(BAD_CERTIFICATE)` for a sum certificate whose survivors are not those that
-        we confirmed: t honest-enough signatures on two sets cannot exist, so somebody forged.
+        Raises `Refused(BAD_CERTIFICATE)` for a sum other than the one we confirmed, and for a
+        second outcome of one session. Only a lying coordinator comes by these: the first by split
+        views, the second because CONFIRM and ABORT do not exclude each other. A person should look.
         """
         record = self.sessions.get(certificate.context)
-        ours = record.confirmed.survivors if record and record.confirmed else None
-        if certificate.is_sum and ours not in (None, certificate.survivors):
-            raise Refused(Reason.BAD_CERTIFICATE, "other survivors than we confirmed")
-        included = certificate.is_sum and index in certificate.survivors
+        if record is None:
+            return None
+        ours = record.confirmed and (record.confirmed.t2, record.confirmed.survivors)
+        if certificate.is_sum and ours and ours != (certificate.t2, certificate.survivors):
+            raise Refused(Reason.BAD_CERTIFICATE, "another sum than the one we confirmed")
+        if record.settled is not None:
+            if record.settled.summed != certificate.is_sum:
+                raise Refused(Reason.BAD_CERTIFICATE, "this session ended otherwise")
+            return None
+        included = record.masked and index in certificate.survivors
         return Settled(certificate.context, certificate.digest, certificate.is_sum, included)
 
 
-def _applied(record: SessionRecord, entry: Entry) -> SessionRecord:
+def _applied(record: SessionRecord, entry: Later) -> SessionRecord:
     match entry:
         case Masked():
             return replace(record, masked=True)
@@ -252,7 +320,6 @@ def _applied(record: SessionRecord, entry: Entry) -> SessionRecord:
             return replace(record, settled=entry)
         case Overruled():
             return replace(record, overruled=True)
-    raise AssertionError(entry)
 
 
 def _aborted_for_certain(record: SessionRecord) -> bool:

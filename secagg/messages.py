@@ -54,9 +54,9 @@ class Signed:
     @classmethod
     def read(cls, reader: Reader) -> Signed:
         step, sender = reader.u8(), reader.u16()
-        body, signature = reader.blob(MAX_BODY), reader.blob(SIGNATURE_BYTES)
-        if step not in Step.__members__.values() or len(signature) != SIGNATURE_BYTES:
-            raise MalformedMessage("signed message: no such step, or no whole signature")
+        body, signature = reader.blob(MAX_BODY), reader.exactly(SIGNATURE_BYTES)
+        if step not in Step.__members__.values():
+            raise MalformedMessage(f"signed message: no step {step}")
         return cls(Step(step), sender, body, signature)
 
     @classmethod
@@ -108,10 +108,8 @@ class Advert:
     @classmethod
     def decode(cls, body: bytes) -> Advert:
         reader = Reader(body, "advert")
-        keys = reader.blob(PUBLIC_KEY_BYTES), reader.blob(PUBLIC_KEY_BYTES)
+        keys = reader.exactly(PUBLIC_KEY_BYTES), reader.exactly(PUBLIC_KEY_BYTES)
         reader.finish()
-        if any(len(key) != PUBLIC_KEY_BYTES for key in keys):
-            raise MalformedMessage(f"advert: a public key is not {PUBLIC_KEY_BYTES} bytes long")
         return cls(*keys)
 
 
@@ -163,21 +161,17 @@ class Header:
     @classmethod
     def decode(cls, body: bytes) -> Header:
         reader = Reader(body, "header")
-        t1, commit_r, commit_b = (reader.blob(HASH_BYTES) for _ in range(3))
+        t1, commit_r, commit_b = (reader.exactly(HASH_BYTES) for _ in range(3))
         dealt = reader.items(lambda: Dealt.read(reader), MAX_SILOS)
         reader.finish()
         receivers = [entry.receiver for entry in dealt]
-        if receivers != sorted(set(receivers)) or any(
-            len(value) != HASH_BYTES for value in (t1, commit_r, commit_b)
-        ):
-            raise MalformedMessage("header: receivers out of order, or a digest of wrong length")
+        if receivers != sorted(set(receivers)):
+            raise MalformedMessage("header: receivers are not strictly ascending")
         return cls(t1, commit_r, commit_b, dealt)
 
     def to(self, receiver: int) -> Dealt:
-        for entry in self.dealt:
-            if entry.receiver == receiver:
-                return entry
-        raise Refused(Reason.BAD_COMMITMENT, f"a header deals nothing to silo {receiver}")
+        """What a member of U1 was dealt; who reads a header checked first that it deals to U1."""
+        return self.dealt[self.receivers.index(receiver)]
 
     @property
     def receivers(self) -> tuple[int, ...]:
@@ -206,10 +200,8 @@ class MaskedInput:
     @classmethod
     def decode(cls, body: bytes) -> MaskedInput:
         reader = Reader(body, "masked input")
-        message = cls(reader.blob(HASH_BYTES), reader.blob(HASH_BYTES), reader.u64())
+        message = cls(reader.exactly(HASH_BYTES), reader.exactly(HASH_BYTES), reader.u64())
         reader.finish()
-        if len(message.t2) != HASH_BYTES or len(message.vector) != HASH_BYTES:
-            raise MalformedMessage("masked input: a digest of wrong length")
         return message
 
 
@@ -227,10 +219,9 @@ class Confirm:
     @classmethod
     def decode(cls, body: bytes) -> Confirm:
         reader = Reader(body, "confirmation")
-        message = cls(reader.blob(HASH_BYTES), reader.indices(MAX_SILOS), reader.blob(HASH_BYTES))
+        t2, survivors = reader.exactly(HASH_BYTES), reader.indices(MAX_SILOS)
+        message = cls(t2, survivors, reader.exactly(HASH_BYTES))
         reader.finish()
-        if len(message.t2) != HASH_BYTES or len(message.vector) != HASH_BYTES:
-            raise MalformedMessage("confirmation: a digest of wrong length")
         return message
 
 
@@ -252,7 +243,7 @@ class Unmask:
         reader = Reader(body, "unmask")
 
         def share() -> tuple[int, Secret]:
-            return reader.u16(), Secret(reader.blob(SHARE_BYTES))
+            return reader.u16(), Secret(reader.exactly(SHARE_BYTES))
 
         message = cls(reader.items(share, MAX_SILOS), reader.items(share, MAX_SILOS))
         reader.finish()

@@ -33,6 +33,8 @@ SIGNATURE_BYTES = 64
 MLKEM_PUBLIC_BYTES = 1184
 X25519_PUBLIC_BYTES = 32
 PUBLIC_KEY_BYTES = MLKEM_PUBLIC_BYTES + X25519_PUBLIC_BYTES
+# What sealing adds: the encapsulated key (1088 bytes of ML-KEM, 32 of X25519) and the AEAD's tag.
+SEALING_BYTES = 1088 + 32 + 16
 
 Entropy = Callable[[int], bytes]
 """`entropy(n)` returns n unpredictable bytes: `os.urandom` in earnest, fixed bytes in vectors."""
@@ -127,6 +129,15 @@ def seal(plaintext: Secret, public: bytes, info: bytes) -> bytes:
         return _SUITE.encrypt(plaintext.reveal(), key, info)
     except ValueError as error:  # an ML-KEM key out of range, or an all-zero X25519 result
         raise Refused(Reason.BAD_KEY) from error
+
+
+def usable(public: bytes) -> bool:
+    """Whether one can seal to this public key at all."""
+    try:
+        seal(Secret(b""), public, b"")
+    except Refused:
+        return False
+    return True
 
 
 def sign(key: Ed25519PrivateKey, message: bytes) -> bytes:

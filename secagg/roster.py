@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from secagg.codec import Reader, blob, items, text, u16, u32
-from secagg.errors import InvalidParameters
+from secagg.errors import InvalidParameters, MalformedMessage
 from secagg.primitives import digest
 
 IDENTITY_BYTES = 32
@@ -47,8 +47,11 @@ class Roster:
         names = [member.name for member in self.members]
         if not 3 <= n <= MAX_SILOS:
             raise InvalidParameters(f"a roster has 3 to {MAX_SILOS} silos, this one has {n}")
-        if names != sorted(set(names)) or not all(names):
-            raise InvalidParameters("roster names must be distinct, not empty and in order")
+        if names != sorted(set(names)):
+            raise InvalidParameters("roster names must be distinct and in order")
+        # A person compares the printed roster: no name may move the cursor or hide another line.
+        if not all(name and name.isprintable() for name in (self.study, *names)):
+            raise InvalidParameters("names of study and silos must be printable and not empty")
         if len({member.identity for member in self.members}) != n:
             raise InvalidParameters("two silos of the roster share one identity key")
         if any(len(member.identity) != IDENTITY_BYTES for member in self.members):
@@ -93,15 +96,18 @@ class Roster:
 
     @classmethod
     def decode(cls, data: bytes) -> Roster:
-        """Raises `MalformedMessage` for foreign bytes, `InvalidParameters` for an unsafe roster."""
+        """Raises `MalformedMessage` for foreign bytes and for an unsafe roster."""
         reader = Reader(data, "roster")
         study, epoch = reader.text(_MAX_TEXT), reader.u32()
         threshold, colluders = reader.u16(), reader.u16()
         members = reader.items(
-            lambda: Member(reader.text(_MAX_TEXT), reader.blob(IDENTITY_BYTES)), MAX_SILOS
+            lambda: Member(reader.text(_MAX_TEXT), reader.exactly(IDENTITY_BYTES)), MAX_SILOS
         )
         reader.finish()
-        return cls(study, epoch, threshold, colluders, members)
+        try:
+            return cls(study, epoch, threshold, colluders, members)
+        except InvalidParameters as error:
+            raise MalformedMessage(f"roster: {error}") from error
 
     @cached_property
     def digest(self) -> bytes:

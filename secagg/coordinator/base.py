@@ -72,7 +72,8 @@ class CoordinatorState(ABC):
         )
 
     def on_deadline(self) -> Next:
-        raise UnexpectedEvent(f"a deadline while the session was {self.phase}")
+        """Where no deadline closes the step, and when one strikes after the end: nothing."""
+        return self, []
 
     def on_cancel(self, why: str) -> Next:
         raise UnexpectedEvent(f"cancelled while the session was {self.phase}: {why}")
@@ -80,6 +81,10 @@ class CoordinatorState(ABC):
     def heard(self) -> Collection[Signed]:
         """Messages accepted so far, so that one sent twice is acknowledged twice."""
         return ()
+
+    def enough(self, present: Collection[int]) -> bool:
+        """Whether a step may close: t silos, or all that a reservation was made with."""
+        return len(present) >= (len(self.context.survivors) or self.roster.threshold)
 
     def accept(self, event: Received, step: Step, awaited: Collection[int]) -> bool:
         """Whether a message is new and belongs here; False if it is one we already hold.

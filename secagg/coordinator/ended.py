@@ -33,9 +33,6 @@ class Aborting(CoordinatorState):
     def request_for(self, index: int) -> SiloEvent | None:
         return GiveUp(self.context.digest) if index in self.awaited else None
 
-    def on_deadline(self) -> Next:
-        return self, []
-
     def on_received(self, event: Received) -> Next:
         if not self.accept(event, Step.ABORT, self.awaited):
             return self, []

@@ -21,8 +21,12 @@ from secagg.messages import (
     Step,
     transcript,
 )
-from secagg.primitives import digest
+from secagg.primitives import SEALING_BYTES, SECRET_BYTES, digest, usable
 from secagg.roster import Roster
+from secagg.shamir import SHARE_BYTES
+
+MAILBOX_BYTES = 2 * SHARE_BYTES + SEALING_BYTES
+SEED_BYTES = SECRET_BYTES + SEALING_BYTES
 
 
 def open_session(roster: Roster, context: SessionContext) -> Advertising:
@@ -52,12 +56,16 @@ class Advertising(CoordinatorState):
     def on_received(self, event: Received) -> Next:
         if not self.accept(event, Step.ADVERTISE, self.awaited):
             return self, []
-        Advert.decode(event.message.body)
+        advert = Advert.decode(event.message.body)
+        # One key that nobody can seal to would stop every silo at the next step.
+        if not usable(advert.mailbox) or not usable(advert.mask):
+            sender = event.message.sender
+            raise Refused(Reason.BAD_KEY, f"advert of {self.name(sender)}", sender)
         state = replace(self, adverts={**self.adverts, event.message.sender: event.message})
         return (state, []) if state.awaited else state._close()
 
     def on_deadline(self) -> Next:
-        if len(self.adverts) < self.roster.threshold:
+        if not self.enough(self.adverts):
             return self.on_cancel(self.too_few(self.adverts, "advertised"))
         return self._close()
 
@@ -109,17 +117,18 @@ class Sharing(CoordinatorState):
             raise MalformedMessage(f"header of {self.name(sender)}: not one parcel per receiver")
         for receiver, parcel in parcels.items():
             dealt = header.to(receiver)
+            sizes = (MAILBOX_BYTES, SEED_BYTES if sender < receiver else 0)
+            if (len(parcel.mailbox), len(parcel.seed)) != sizes:
+                raise MalformedMessage(f"parcel for {self.name(receiver)}: not of {sizes} bytes")
             seed = digest("parcel", parcel.seed) if parcel.seed else b""
             if (digest("parcel", parcel.mailbox), seed) != (
                 dealt.mailbox_parcel,
                 dealt.seed_parcel,
             ):
                 raise Refused(Reason.BAD_CIPHERTEXT, f"parcel for {self.name(receiver)}", sender)
-            if bool(parcel.seed) != (sender < receiver) or bool(dealt.seed) != bool(parcel.seed):
-                raise MalformedMessage(f"header of {self.name(sender)}: a pair seed out of place")
 
     def on_deadline(self) -> Next:
-        if len(self.headers) < self.roster.threshold:
+        if not self.enough(self.headers):
             return self.on_cancel(self.too_few(self.headers, "shared their keys"))
         return self._close()
 
@@ -197,7 +206,7 @@ class Collecting(CoordinatorState):
         return Aborting(self.roster, self.context, why, accused), []
 
     def on_deadline(self) -> Next:
-        if len(self.inputs) < self.roster.threshold:
+        if not self.enough(self.inputs):
             return self.on_cancel(self.too_few(self.inputs, "delivered their masked input"))
         return self._close()
 

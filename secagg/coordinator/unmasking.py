@@ -47,15 +47,19 @@ class Confirming(CoordinatorState):
     def on_received(self, event: Received) -> Next:
         if not self.accept(event, Step.CONFIRM, self.awaited):
             return self, []
-        sender = event.message.sender
-        confirm = Confirm.decode(event.message.body)
+        state = self.with_confirmation(event.message)
+        return (state, []) if state.awaited else state._close()
+
+    def with_confirmation(self, message: Signed) -> Confirming:
+        """Raises `Refused` unless it confirms exactly (T2, U3) and the input that is here."""
+        sender = message.sender
+        confirm = Confirm.decode(message.body)
         vector = MaskedInput.decode(self.collected.inputs[sender].body).vector
         if confirm != Confirm(self.collected.t2, self.survivors, vector):
             raise Refused(
                 Reason.TRANSCRIPT_MISMATCH, f"confirmation of {self.name(sender)}", sender
             )
-        state = replace(self, confirmations={**self.confirmations, sender: event.message})
-        return (state, []) if state.awaited else state._close()
+        return replace(self, confirmations={**self.confirmations, sender: message})
 
     def on_deadline(self) -> Next:
         if len(self.confirmations) < self.roster.threshold:
@@ -74,7 +78,8 @@ class Unmasking(CoordinatorState):
     """Step 4: waiting for t silos' shares.
 
     There is no way back: some silo may have released its shares. The confirmations are in the
-    silos' ledgers, so this state ends as soon as t of them are reachable, after restarts too.
+    silos' ledgers, so this state ends as soon as t of U3 are reachable, after restarts too: one
+    that had not confirmed in time may do so now, lest a confirmed one be lost for good.
     """
 
     confirmed: Confirming
@@ -83,7 +88,7 @@ class Unmasking(CoordinatorState):
 
     @property
     def awaited(self) -> tuple[int, ...]:
-        return tuple(i for i in sorted(self.confirmed.confirmations) if i not in self.shares)
+        return tuple(i for i in self.confirmed.survivors if i not in self.shares)
 
     @cached_property
     def headers(self) -> dict[int, Header]:
@@ -101,12 +106,13 @@ class Unmasking(CoordinatorState):
     def request_for(self, index: int) -> SiloEvent | None:
         if index not in self.awaited:
             return None
+        if index in self.confirmed.awaited:
+            return Survivors(self.confirmed.survivors)
         return Confirmations(in_order(self.confirmed.confirmations))
 
-    def on_deadline(self) -> Next:
-        return self, []
-
     def on_received(self, event: Received) -> Next:
+        if event.message.step is Step.CONFIRM:
+            return self._on_late_confirmation(event)
         if not self.accept(event, Step.UNMASK, self.awaited):
             return self, []
         sender = event.message.sender
@@ -120,6 +126,11 @@ class Unmasking(CoordinatorState):
         if len(state.shares) < self.roster.threshold:
             return state, []
         return state._unveil()
+
+    def _on_late_confirmation(self, event: Received) -> Next:
+        if not self.accept(event, Step.CONFIRM, self.confirmed.awaited):
+            return self, []
+        return replace(self, confirmed=self.confirmed.with_confirmation(event.message)), []
 
     def _check_shares(self, sender: int, unmask: Unmask) -> None:
         ctx, t1 = self.context.digest, self.confirmed.collected.t1

@@ -78,10 +78,13 @@ class Advertised(SiloState):
             raise Refused(Reason.BELOW_THRESHOLD, f"{len(messages)} adverts")
         if self.advert not in messages:
             raise Refused(Reason.OWN_MESSAGE_CHANGED, "advert")
-        try:
-            return {message.sender: Advert.decode(message.body) for message in messages}
-        except MalformedMessage as error:
-            raise Refused(Reason.BAD_KEY, str(error)) from error
+        adverts = {}
+        for message in messages:
+            try:
+                adverts[message.sender] = Advert.decode(message.body)
+            except MalformedMessage as error:
+                raise Refused(Reason.BAD_KEY, str(error), message.sender) from error
+        return adverts
 
     def _deal(
         self, t1: bytes, adverts: dict[int, Advert]
@@ -103,12 +106,12 @@ class Advertised(SiloState):
             if j != me:
                 info = keys.sealing_info("mailbox", ctx, t1, me, j)
                 both = Secret(shares_b[j].reveal() + shares_r[j].reveal())
-                mailbox_ct = seal(both, adverts[j].mailbox, info)
+                mailbox_ct = self._seal(both, j, adverts[j].mailbox, info)
                 both.wipe()
             if j > me:
                 seed = keys.pair_seed(self.r, ctx, t1, me, j)
                 info = keys.sealing_info("seed", ctx, t1, me, j)
-                seed_ct = seal(seed, adverts[j].mask, info)
+                seed_ct = self._seal(seed, j, adverts[j].mask, info)
                 seed_commitment = keys.commit("seed", ctx, t1, me, j, seed)
             dealt.append(
                 Dealt(
@@ -129,6 +132,13 @@ class Advertised(SiloState):
             dealt=tuple(dealt),
         )
         return header, parcels, (shares_b[me], shares_r[me])
+
+    def _seal(self, secret: Secret, to: int, public: bytes, info: bytes) -> bytes:
+        try:
+            return seal(secret, public, info)
+        except Refused as error:
+            name = self.party.roster.member(to).name
+            raise Refused(error.reason, f"advert of {name}", accused=to) from error
 
 
 def open_session(state: SiloState, event: Open) -> Next:

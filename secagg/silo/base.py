@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secagg.errors import Reason, Refused, UnexpectedEvent
+from secagg.errors import MalformedMessage, Reason, Refused, UnexpectedEvent
 from secagg.events import (
     Adverts,
     Confirmations,
@@ -26,7 +26,7 @@ from secagg.events import (
 )
 from secagg.ledger import Aborted, History
 from secagg.messages import Complaint, Signed, Step
-from secagg.primitives import Entropy, Secret
+from secagg.primitives import HASH_BYTES, Entropy, Secret
 from secagg.roster import Roster
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class SiloState(ABC):
         """
         from secagg.silo.ended import Waiting
 
+        if len(event.ctx) != HASH_BYTES:  # it would go into the ledger and never be read again
+            raise MalformedMessage(f"give up: a context digest of {len(event.ctx)} bytes")
         self.history.check_abort(event.ctx)
         message = self.party.sign(Step.ABORT, event.ctx, b"")
         if event.ctx in self.history.aborted:
@@ -134,13 +136,20 @@ class SiloState(ABC):
         return self.with_history(history), effects
 
     def on_settle(self, event: Settle) -> Next:
-        """Accept how a session ended, once; the proof is checked against the pinned roster."""
+        """Accept how a session ended, once; the proof is checked against the pinned roster.
+
+        That has to be the roster of the session: the signatures of another roster's threshold
+        would prove nothing about it (docs/secure-sum.md, "Rosters change between sessions").
+        """
         from secagg.silo.ended import Waiting
 
-        event.certificate.check(self.party.roster)
-        entry = self.history.settle(event.certificate, self.party.index)
-        record = self.history.sessions.get(entry.ctx)
-        if record is None or record.settled is not None:
+        certificate, roster = event.certificate, self.party.roster
+        record = self.history.sessions.get(certificate.context)
+        if record is not None and not record.context.agrees_with(roster):
+            raise Refused(Reason.ROSTER_MISMATCH, f"session {record.context.session}")
+        certificate.check(roster)
+        entry = self.history.settle(certificate, self.party.index)
+        if entry is None:
             return self, []
         history = self.history.after(entry)
         if self.session is not None and self.session.digest == entry.ctx:
@@ -149,8 +158,6 @@ class SiloState(ABC):
         return self.with_history(history), [Record(entry)]
 
     def with_history(self, history: History) -> SiloState:
-        from dataclasses import replace
-
         return replace(self, history=history)
 
     def wipe(self) -> None:  # noqa: B027 - a state without secrets has nothing to overwrite

@@ -55,15 +55,20 @@ def start(party: SiloParty) -> SiloState:
 
 
 def resume(party: SiloParty, history: History) -> SiloState:
-    """The state after a restart: what the ledger of the study says, and nothing else."""
-    open_records = [
-        record
-        for record in history.sessions.values()
-        if record.settled is None and not record.aborted and not record.overruled
-    ]
-    if not open_records:
+    """The state after a restart: what the ledger of the study says, and nothing else.
+
+    Only the last session can be under way, and only under the roster that it was opened with:
+    the threshold of another roster must not open its shares.
+    """
+    record = history.last
+    if (
+        record is None
+        or record.settled is not None
+        or record.aborted
+        or record.overruled
+        or not record.context.agrees_with(party.roster)
+    ):
         return Waiting(party, history)
-    record = max(open_records, key=lambda record: record.context.session)
     if record.confirmed is None:
         return Lost(party, history, record.context)
     state = UnmaskedState if record.unmasked else ConfirmedState

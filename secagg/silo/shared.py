@@ -90,8 +90,10 @@ class Shared(SiloState):
                 header = Header.decode(message.body)
             except MalformedMessage as error:
                 raise Refused(Reason.BAD_COMMITMENT, str(error), message.sender) from error
-            if header.t1 != self.t1 or header.receivers != self.members:
-                raise Refused(Reason.TRANSCRIPT_MISMATCH, f"header of {name}", message.sender)
+            if header.t1 != self.t1:  # an honest coordinator relays none: it is not the dealer's
+                raise Refused(Reason.TRANSCRIPT_MISMATCH, f"header of {name}")
+            if header.receivers != self.members:
+                raise Refused(Reason.BAD_COMMITMENT, f"header of {name}", message.sender)
             headers[message.sender] = header
         return headers
 

@@ -258,7 +258,6 @@ def test_a_second_set_of_headers_is_refused() -> None:
         {"plan": b"p" * 32},
         {"encoding": b"e" * 32},
         {"previous": b"c" * 32},
-        {"reservation": b"r" * 32},
         {"ring": 32},
         {"length": 999},
         {"quantity": Quantity("round", 2)},
@@ -321,12 +320,14 @@ def test_a_second_survivor_set_is_refused_also_after_a_restart() -> None:
 
 
 def test_a_reservation_is_summed_over_its_own_silos_only() -> None:
-    world = make_world(5, survivors=(1, 2, 3, 4))
+    world = make_world(5, ring=32)
+    world.reserve((1, 2, 3, 4))
     assert refused(world, 5, Open(world.session.context)) is Reason.SELF_NOT_INCLUDED
     run_until(world, coordinator.Confirming)
     assert world.session.request_for(5) is None
     assert refused(world, 1, Survivors((1, 2, 3))) is Reason.BELOW_THRESHOLD
-    world = make_world(6, survivors=(1, 2, 3, 4, 5, 6))
+    world = make_world(6, ring=32)
+    world.reserve((1, 2, 3, 4, 5, 6))
     run_until(world, coordinator.Confirming)
     assert refused(world, 1, Survivors((1, 2, 3, 4, 5))) is Reason.WRONG_SURVIVORS
 

@@ -11,7 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secagg import coordinator, silo
-from secagg.context import Quantity, SessionContext
+from secagg.context import NO_HASH, Quantity, SessionContext
 from secagg.events import (
     CoordinatorEvent,
     Deadline,
@@ -62,7 +62,11 @@ def make_context(roster: Roster, /, **changes: object) -> SessionContext:
         "length": 1000,
         "encoding": digest("test", b"encoding"),
     }
-    return SessionContext(**{**values, **changes})  # type: ignore[arg-type]
+    values |= changes
+    quantity = values["quantity"]
+    if isinstance(quantity, Quantity) and quantity.purpose != "round" and "model" not in changes:
+        values["model"] = NO_HASH
+    return SessionContext(**values)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -144,8 +148,11 @@ class World:
                     self.feed(Received(sent.message, sent.parcels))
                     moved = True
 
-    def settle(self) -> None:
+    def settle(self, only: int = 0) -> None:
+        """The certificate to everybody who is there, or to one silo."""
         for index, site in self.silos.items():
+            if only not in (0, index):
+                continue
             request = self.session.request_for(index)
             if site.alive and isinstance(request, Settle):
                 site.deliver(request)
@@ -170,6 +177,32 @@ class World:
         self.sum = self.ended = None
         for site in self.silos.values():
             site.upload = None
+
+    def run_until(self, phase: type[coordinator.CoordinatorState]) -> None:
+        """Let everybody who is there go on until the coordinator is in this state."""
+        self.pump(lambda _: not isinstance(self.session, phase))
+        assert isinstance(self.session, phase)
+
+    def reserve(self, survivors: tuple[int, ...], ring: int = 8) -> None:
+        """A sum of tags over `survivors`, and the session of images that it is for."""
+        self.reopen(quantity=Quantity("tags", 1), ring=32)
+        self.run_until(coordinator.Sharing)
+        self.kill(*(i for i in self.silos if i not in survivors))
+        for _ in range(3):
+            self.pump()
+            if not self.session.over:
+                self.deadline()
+        self.settle()
+        for site in self.silos.values():
+            site.alive = True
+            site.vector = site.vector.astype(DTYPES[ring])
+        self.reopen(
+            session=2,
+            quantity=Quantity("images", 1),
+            ring=ring,
+            survivors=survivors,
+            reservation=digest("test", b"tags"),
+        )
 
 
 def make_world(
