@@ -28,6 +28,7 @@ from kernels import adamw_ema_, ddpm_loss, q_sample
 from kernels.noise import derive_key, timesteps
 
 Images = NDArray[np.uint8]
+_NOTHING: Vector = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,13 @@ def train(
     """
     _check_images(images)
     run = _Run(model, schedule, objective, optimizer, seed, execution)
-    run.begin(ema, proximal, control, resume)
+    run.begin(first_step, steps, ema, proximal, control, resume)
     order = BatchOrder(len(images), optimizer.batch_size, seed)
-    for done in range(len(run.losses), steps):
-        step = first_step + done
-        x_0 = torch.from_numpy(images[order.indices(step)[run.rows]]).to(execution.device)
-        run.step(x_0, step)
+    for done in range(run.done, steps):
+        indices = order.indices(first_step + done)[run.rows]
+        run.step(torch.from_numpy(images[indices]).to(execution.device))
         if progress:
-            progress(done + 1, float(run.losses[-1]))
+            progress(done + 1, float(run.losses[done]))
         if save and (done + 1) % save_every == 0 and done + 1 < steps:
             save(run.checkpoint())
     return run.result()
@@ -133,8 +133,8 @@ class _Run:
         self.objective, self.optimizer = objective, optimizer
         self.device = execution.device
         self.alpha_bar = alpha_bar(schedule).to(self.device)
-        self.noise_key = self._number(derive_key(seed, "training noise"))
-        self.timestep_key = self._number(derive_key(seed, "training timesteps"))
+        self.noise_key = torch.tensor(derive_key(seed, "training noise"), device=self.device)
+        self.timestep_key = torch.tensor(derive_key(seed, "training timesteps"), device=self.device)
         self.processes, self.rows = _share_of_batch(optimizer.batch_size)
         self.sample_id = torch.arange(optimizer.batch_size, device=self.device)[self.rows]
         self.flat = FlatParameters(model)
@@ -144,16 +144,24 @@ class _Run:
         self.mu = 0.0
         self.control: torch.Tensor | None = None
         self.gradient_sum: torch.Tensor | None = None
-        self.losses: list[torch.Tensor] = []
+        self.done = 0
 
     def begin(
         self,
+        first_step: int,
+        steps: int,
         ema: Vector | None,
         proximal: tuple[Vector, float] | None,
         control: Vector | None,
         resume: Checkpoint | None,
     ) -> None:
-        buffer = self.flat.buffer
+        buffer, o = self.flat.buffer, self.optimizer
+        numbers = [(first_step + i, i + 1) for i in range(steps)]
+        rates = [(learning_rate(k, o), ema_decay(k, o)) for k, _ in numbers]
+        # On the device before the first step: no step waits for the host, or the host for a step.
+        self.numbers = torch.tensor(numbers, device=self.device).view(steps, 2)
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device).view(steps, 2)
+        self.losses = torch.zeros(steps, device=self.device)
         if ema is not None:
             self.ema = buffer(ema)
         if proximal is not None and proximal[1] > 0.0:
@@ -168,13 +176,16 @@ class _Run:
         self.ema = buffer(resume.ema)
         if control is not None:
             self.gradient_sum = buffer(resume.gradient_sum)
-        self.losses = list(torch.tensor(resume.losses, device=self.device))
+        self.done = len(resume.losses)
+        self.losses[: self.done] = torch.from_numpy(resume.losses)
 
-    def step(self, x_0: torch.Tensor, step: int) -> None:
+    def step(self, x_0: torch.Tensor) -> None:
         gradient, o = self.flat.gradient.zero_(), self.optimizer
-        loss = self._loss(x_0, self._number(step))
+        (step, count), (rate, decay) = self.numbers[self.done], self.rates[self.done]
+        loss = self._loss(x_0, step)
         loss.backward()
-        self.losses.append(_mean_over_processes(loss.detach(), self.processes))
+        self.losses[self.done] = _mean_over_processes(loss.detach(), self.processes)
+        self.done += 1
         _mean_over_processes(gradient, self.processes)
         norm = torch.linalg.vector_norm(gradient)
         gradient.mul_((o.gradient_clip / norm).clamp(max=1.0))
@@ -185,12 +196,12 @@ class _Run:
             gradient,
             self.first_moment,
             self.second_moment,
-            lr=torch.tensor(learning_rate(step, o), device=self.device),
-            step=self._number(len(self.losses)),
+            lr=rate,
+            step=count,
             betas=o.betas,
             weight_decay=o.weight_decay,
             ema=self.ema,
-            ema_decay=torch.tensor(ema_decay(step, o), device=self.device),
+            ema_decay=decay,
             anchor=self.anchor,
             mu=self.mu,
             control=self.control,
@@ -220,19 +231,19 @@ class _Run:
             first_moment=vector(self.first_moment),
             second_moment=vector(self.second_moment),
             ema=vector(self.ema),
-            losses=_numbers(self.losses),
-            gradient_sum=_numbers([]) if self.gradient_sum is None else vector(self.gradient_sum),
+            losses=self._losses(),
+            gradient_sum=_NOTHING if self.gradient_sum is None else vector(self.gradient_sum),
         )
 
     def result(self) -> TrainResult:
         mean_gradient = None
         if self.gradient_sum is not None:
-            mean_gradient = self.flat.vector(self.gradient_sum / max(len(self.losses), 1))
+            mean_gradient = self.flat.vector(self.gradient_sum / max(self.done, 1))
         self.flat.release()
-        return TrainResult(_numbers(self.losses), self.flat.vector(self.ema), mean_gradient)
+        return TrainResult(self._losses(), self.flat.vector(self.ema), mean_gradient)
 
-    def _number(self, value: int) -> torch.Tensor:
-        return torch.tensor([value], device=self.device)
+    def _losses(self) -> Vector:
+        return self.losses[: self.done].cpu().numpy().copy()
 
 
 def learning_rate(step: int, optimizer: OptimizerSpec) -> float:
@@ -247,10 +258,6 @@ def ema_decay(step: int, optimizer: OptimizerSpec) -> float:
     early samples are noise.
     """
     return min(optimizer.ema_decay, (1.0 + step) / (optimizer.ema_ramp + step))
-
-
-def _numbers(losses: list[torch.Tensor]) -> Vector:
-    return torch.stack(losses).cpu().numpy() if losses else np.empty(0, dtype=np.float32)
 
 
 def _share_of_batch(batch_size: int) -> tuple[int, slice]:

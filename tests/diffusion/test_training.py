@@ -266,3 +266,23 @@ def test_bfloat16_training_stays_close_to_float32(
         arguments["execution"] = Execution(torch.device("cpu"), dtype, torch.channels_last)
         losses.append(train(model, images, steps=5, **arguments).loss_per_step)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("batch", [3, 64])  # from 64 on diffusers' upsampling leaves channels_last
+def test_placing_a_model_changes_its_speed_and_not_its_output(batch: int) -> None:
+    spec = ModelSpec(
+        image_size=8, block_out_channels=(8, 16), attention=(False, False), mid_attention=False
+    )
+    plain, placed = build_model(spec), build_model(spec)
+    initialise(plain, seed=1)
+    initialise(placed, seed=1)
+    execution = choose_execution("cpu", threads=1)
+    execution.place(placed)
+    execution.place(placed)  # twice is harmless
+    x_t, t = torch.randn(batch, 1, 8, 8), torch.arange(batch)
+    want = plain(x_t, t).sample
+    torch.testing.assert_close(
+        execution.predict(placed, x_t, t).float(), want, rtol=2e-2, atol=2e-2
+    )
+    torch.testing.assert_close(placed(x_t, t).sample, want)
+    assert dict(placed.named_parameters()).keys() == dict(plain.named_parameters()).keys()
