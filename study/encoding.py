@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from study.integers import WORD, Field, Integers, Ring, Words
 
 _SIGNED: dict[Ring, np.dtype[Any]] = {8: np.dtype("<i1"), 16: np.dtype("<i2"), 32: np.dtype("<i4")}
-_CHUNK = 1 << 15  # elements: the temporaries of one chunk stay in a core's second-level cache
+_CHUNK = 3 << 14  # elements: the temporaries of one chunk stay in a core's second-level cache
 _CLIP_RANGE = (2.0**-50, 2.0**50)  # keeps c/(w·S) and its inverse normal in float32
 
 _LOSS_BITS, _LOSS_FRACTION = 40, 24  # losses up to 2^16, in steps of 2^-24

@@ -1,0 +1,383 @@
+"""The secure sum beside its peers and its limits: time, bytes and memory of client and server.
+
+    python -m benchmarks.secure_sum [--quick] [--json FILE]
+
+The same vector goes through our code, Flower's SecAgg (all pairs, its own functions), a CKKS
+encryption with TenSEAL, and what bounds ours: the keystream alone, the additions alone, a memcpy.
+Times are processor seconds of one core, taken in turns: what else the machine does then neither
+counts nor favours one side. The peers are installed into .venv-peers on first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from benchmarks.measure import Report, Times, side_by_side
+from coordinator.spool import Spool
+from protos.v1 import coordination_pb2 as pb
+from secagg.masking import CHUNK_BYTES, MaskKey, Vector, apply_masks
+from secagg.primitives import Secret
+from silo.client import CHUNK_BYTES as UPLOAD_CHUNK
+from study.encoding import Encoded, Encoding
+from study.integers import Ring
+
+PEERS = pathlib.Path(".venv-peers")
+MILLION = 1_000_000
+COUNT, TOTAL = 100, 1000
+RING: Ring = 16
+_GRPC_PREFIX = 5  # length and flag before each message
+
+
+class Peers:
+    """The process in the peers' environment; answers None where it cannot be had."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._process = _start_peers()
+        self.versions = self._ask(job="versions") or {}
+
+    def _ask(self, **request: Any) -> dict[str, Any] | None:
+        if self._process is None or self._process.stdin is None or self._process.stdout is None:
+            return None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def run(self, job: str, vector: np.ndarray[Any, Any], peers: int) -> dict[str, Any] | None:
+        path = self._folder / f"{vector.size}.npy"
+        if not path.exists():
+            np.save(path, vector)
+        return self._ask(job=job, vector=str(path), peers=peers)
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+
+def _start_peers() -> subprocess.Popen[str] | None:
+    python = PEERS / "bin" / "python"
+    try:
+        if not python.exists():
+            print("installing the peers into", PEERS)
+            subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", "--quiet", "flwr", "tenseal"]
+            subprocess.run(install, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no peers: {error}")
+        return None
+    script = pathlib.Path(__file__).with_name("peers.py")
+    return subprocess.Popen(
+        [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def sizes_of(n: int) -> tuple[int, ...]:
+    """Tensors as a UNet has them: convolutions of growing width, each with three small vectors."""
+    sizes: list[int] = []
+    left = n
+    while left:
+        for width in (128, 128, 256, 256, 512, 512):
+            for size in (9 * width * width, width, width, width):
+                take = min(size, left)
+                sizes += [take] if take else []
+                left -= take
+    return tuple(sizes)
+
+
+@dataclass
+class Client:
+    """One silo's work on a vector of n parameters for `peers` others."""
+
+    n: int
+    peers: int
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.n)
+        self.delta = rng.normal(0, 0.01, self.n).astype(np.float32)
+        self.residual = rng.normal(0, 1e-6, self.n).astype(np.float32)
+        self.fresh = self.delta.copy()
+        sizes = sizes_of(self.n)
+        self.encoding = Encoding(RING, self.peers + 1, TOTAL, sizes, (0.0625,) * len(sizes))
+        self.keys = mask_keys(self.peers + 1)  # one a peer, and the self mask
+        self.words: Vector = np.ones(self.encoding.length, dtype=np.uint16)
+        self.copy = np.ones_like(self.delta)
+
+    def encode(self) -> Encoded:
+        """The delta is spent, as in a round."""
+        return self.encoding.encode(
+            self.fresh, self.residual, count=COUNT, loss=0.5, key=bytes(32), consume=True
+        )
+
+    def mask(self) -> None:
+        apply_masks(self.words, self.keys)
+
+    def serialise(self) -> int:
+        """The vector as the messages that the client uploads; their bytes."""
+        content, sent = self.words.data.cast("B"), 0
+        for at in range(0, len(content), UPLOAD_CHUNK):
+            data = bytes(content[at : at + UPLOAD_CHUNK])
+            chunk = pb.UploadChunk(study="benchmark", session=7, offset=at, data=data)
+            sent += _GRPC_PREFIX + len(chunk.SerializeToString())
+        return sent
+
+    def mask_and_serialise(self) -> None:
+        self.mask()
+        self.serialise()
+
+    def everything(self) -> None:
+        self.words = self.encode().vector
+        self.mask_and_serialise()
+
+    def keystream(self) -> None:
+        """The bytes of all masks, made and dropped."""
+        zeros, out = memoryview(bytes(CHUNK_BYTES)), memoryview(bytearray(CHUNK_BYTES))
+        streams = [_stream(key) for key in self.keys]
+        for at in range(0, self.words.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, self.words.nbytes - at)
+            for stream in streams:
+                stream.update_into(zeros[:size], out[:size])
+
+    def add(self) -> None:
+        """As many additions as there are masks, of a chunk that stays in the cache."""
+        step = CHUNK_BYTES // self.words.itemsize
+        addend = np.ones(step, dtype=self.words.dtype)
+        for at in range(0, self.words.size, step):
+            part = self.words[at : at + step]
+            for _ in self.keys:
+                np.add(part, addend[: part.size], out=part)
+
+    def memcpy(self) -> None:
+        np.copyto(self.copy, self.delta)
+
+    def on_processor(self, job: Callable[[], object]) -> float:
+        """Processor seconds of the job, on a delta that was not spent."""
+        np.copyto(self.fresh, self.delta)
+        return on_processor(job)
+
+
+def _stream(key: MaskKey) -> Any:
+    return Cipher(algorithms.ChaCha20(key.key.reveal(), bytes(16)), None).encryptor()
+
+
+def mask_keys(n: int) -> list[MaskKey]:
+    return [MaskKey(Secret(os.urandom(32)), 1 if i % 2 else -1) for i in range(n)]
+
+
+def on_processor(job: Callable[[], object]) -> float:
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+class Server:
+    """A spool with the uploads of `silos` silos, of whom one more vanished after sharing keys."""
+
+    def __init__(self, folder: pathlib.Path, n: int, silos: int) -> None:
+        self._spool, self.n = Spool(folder / "spool"), n
+        place = folder / "spool" / "study" / "1"
+        place.mkdir(parents=True)
+        # Equal bytes in one file: what a fold reads is in the page cache either way.
+        words = np.random.default_rng(n).integers(0, 1 << 16, n, dtype=np.uint16)
+        (place / "vector").write_bytes(words.tobytes())
+        self._inputs = {silo: bytes(32) for silo in range(1, silos + 1)}
+        for silo, digest in self._inputs.items():
+            os.link(place / "vector", place / f"{silo}-{digest.hex()}")
+        # Self masks of those in the sum, pair masks of the one that is not.
+        self._keys = mask_keys(2 * silos)
+
+    def fold(self) -> None:
+        self._spool.fold("study", 1, self._inputs, RING, self.n, self._keys)
+
+
+def peak_bytes(job: Callable[[], object]) -> int | None:
+    """How far resident memory rises above what it was, at its highest (Linux)."""
+    if sys.platform != "linux":
+        return None
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    job()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def in_fresh_process(*arguments: object) -> int | None:
+    """The peak that this program finds when it runs only one job."""
+    command = [sys.executable, "-m", "benchmarks.secure_sum", "--peak", *map(str, arguments)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return cast("int | None", json.loads(said))
+
+
+def peak(what: str, n: int, silos: int) -> int | None:
+    if what == "client":
+        client = Client(n, silos)
+        del client.copy, client.delta, client.words
+        return peak_bytes(client.everything)
+    with tempfile.TemporaryDirectory() as folder:
+        return peak_bytes(Server(pathlib.Path(folder), n, silos).fold)
+
+
+def two_processes(client: Client) -> float:
+    """Seconds (wall) until two processes have masked half of the vector each.
+
+    Both are there already, and the memory is shared: what is left out is what starting a process
+    costs, which is printed beside it.
+    """
+    half = client.words.size // 2
+    start = time.perf_counter()
+    child = os.fork()
+    part = client.words[:half] if child == 0 else client.words[half:]
+    apply_masks(part, client.keys)
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return time.perf_counter() - start
+
+
+def process_start() -> float:
+    """Seconds (wall) to start a process that can make masks."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import secagg.masking"], check=True)
+    return time.perf_counter() - start
+
+
+def seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def measure_client(report: Report, peers: Peers, rounds: int) -> None:
+    """10 M parameters × 10 peers: everything in turns, and the targets."""
+    n, others = 10 * MILLION, 10
+    client = Client(n, others)
+    jobs: dict[str, Callable[[], object]] = {
+        "encode": client.encode,
+        "mask and add": client.mask,
+        "serialise": client.serialise,
+        "mask, add, serialise": client.mask_and_serialise,
+        "limit: keystream": client.keystream,
+        "limit: additions": client.add,
+        "limit: memcpy of the float32 vector": client.memcpy,
+    }
+    times = side_by_side(jobs, rounds=rounds, time_job=client.on_processor)
+    for name, found in times.items():
+        report.row(part="client", params=n, silos=others + 1, what=name, **found.milliseconds())
+    flower: list[float] = []
+    ours: list[float] = []
+    for _ in range(max(2, rounds // 4)):
+        answer = peers.run("flower_client", client.delta, others)
+        ours.append(client.on_processor(client.everything))
+        flower += [answer["seconds"]] if answer else []
+    for name, found_s in {"ours, all of it": ours, "Flower, all of it": flower}.items():
+        columns = Times(tuple(found_s)).milliseconds() if found_s else {"p50_ms": None}
+        report.row(part="client", params=n, silos=others + 1, what=name, **columns)
+    p50 = {name: found.p50 for name, found in times.items()}
+    masking = p50["mask, add, serialise"] / p50["limit: keystream"]
+    report.target("mask_vs_keystream", masking, "x", at_most=1.5)
+    encoding = p50["encode"] / p50["limit: memcpy of the float32 vector"]
+    report.target("encode_vs_memcpy", encoding, "x", at_most=5)
+    ratio = float(np.median(flower) / np.median(ours)) if flower else None
+    report.target("client_vs_flower", ratio, "x", at_least=25)
+    report.target("upload_bytes_per_param", client.serialise() / n, "B", at_most=2.01)
+    memory = in_fresh_process("client", n, others)
+    per_param = None if memory is None else memory / n
+    report.target("client_bytes_per_param", per_param, "B", at_most=4)
+    one, two = [], []
+    for _ in range(rounds):
+        one.append(seconds(client.mask))
+        two.append(two_processes(client))
+    started = Times(tuple(process_start() for _ in range(3)))
+    for name, taken in {"1 process, wall": one, "2 processes, wall": two}.items():
+        columns = Times(tuple(taken)).milliseconds()
+        report.row(part="cores", params=n, silos=others + 1, what=f"mask: {name}", **columns)
+    report.row(part="cores", what="starting a process for it, wall", **started.milliseconds())
+
+
+def measure_server(report: Report, peers: Peers, rounds: int) -> None:
+    n, silos = 10 * MILLION, 10
+    vector = np.random.default_rng(n).normal(0, 0.01, n).astype(np.float32)
+    flower, ours = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(pathlib.Path(folder), n, silos)
+        for _ in range(max(2, rounds // 4)):
+            ours.append(on_processor(server.fold))
+            answer = peers.run("flower_server", vector, silos)
+            flower += [answer["seconds"]] if answer else []
+    for name, taken in {"ours": ours, "Flower": flower}.items():
+        columns = Times(tuple(taken)).milliseconds() if taken else {"p50_ms": None}
+        what = f"{name}: 10 inputs, one dropout"
+        report.row(part="server", params=n, silos=silos + 1, what=what, **columns)
+    ratio = float(np.median(flower) / np.median(ours)) if flower else None
+    report.target("server_vs_flower", ratio, "x", at_least=8)
+    few, many = (in_fresh_process("server", n, silos) for silos in (3, 100))
+    report.row(part="server", params=n, silos=3, what="memory of a fold", bytes=few)
+    report.row(part="server", params=n, silos=100, what="memory of a fold", bytes=many)
+    growth = None if few is None or many is None else many / few
+    report.target("server_memory_growth", growth, "x", at_most=1.05)
+
+
+def measure_table(report: Report, peers: Peers, sizes: list[int], quick: bool) -> None:
+    """Client seconds by size and silos; the slow peers only where they take less than a minute."""
+    for n in sizes:
+        for silos in (3, 10, 32, 100):
+            client = Client(n, silos - 1)
+            jobs = {"keystream": client.keystream, "ours": client.everything}
+            times = side_by_side(jobs, rounds=3, time_job=client.on_processor)
+            row: dict[str, Any] = {f"{name}_s": found.p50 for name, found in times.items()}
+            flower = ckks = None
+            if n * silos <= (33 if quick else 360) * MILLION:
+                flower = peers.run("flower_client", client.delta, silos - 1)
+            if silos == 3 and n <= (1 if quick else 10) * MILLION:
+                ckks = peers.run("ckks_client", client.delta, silos - 1)
+            row["flower_s"] = flower["seconds"] if flower else None
+            row["ckks_s"] = ckks["seconds"] if ckks else None
+            row["bytes_per_param"] = client.serialise() / n
+            row["flower_bytes_per_param"] = flower["bytes"] / n if flower else None
+            row["ckks_bytes_per_param"] = ckks["bytes"] / n if ckks else None
+            report.row(part="table", params=n, silos=silos, **row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--peak", nargs=3, metavar=("PART", "PARAMETERS", "SILOS"))
+    arguments = parser.parse_args()
+    if arguments.peak:
+        what, n, silos = arguments.peak
+        print(json.dumps(peak(what, int(n), int(silos))))
+        return
+    rounds = 5 if arguments.quick else 11
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Peers(pathlib.Path(folder))
+        known = ", ".join(f"{name} {version}" for name, version in peers.versions.items())
+        report = Report(f"Secure sum, {RING}-bit ring, processor time of one core; peers: {known}")
+        measure_client(report, peers, rounds)
+        measure_server(report, peers, rounds)
+        sizes = [MILLION, 10 * MILLION, 36 * MILLION][: 1 if arguments.quick else 3]
+        measure_table(report, peers, sizes, arguments.quick)
+        peers.close()
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
