@@ -49,12 +49,12 @@ class Times:
 
 
 def side_by_side(
-    jobs: Mapping[str, Callable[[], object]],
+    jobs: Mapping[str, Callable[[], Any]],
     *,
     rounds: int,
     warmup: int = 1,
     wait: Callable[[], object] = lambda: None,
-    time_job: Callable[[Callable[[], object]], float] | None = None,
+    time_job: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Times]:
     """Time the jobs in turns, so that what else the machine does meets them all alike.
 
@@ -63,7 +63,7 @@ def side_by_side(
     how many seconds it took, for jobs that are timed elsewhere.
     """
 
-    def clock(job: Callable[[], object]) -> float:
+    def clock(job: Callable[[], Any]) -> float:
         wait()
         start = time.perf_counter()
         job()
@@ -160,7 +160,9 @@ def _numeric(cell: str) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return NOT_MEASURED
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""diffusers' training step and ours, as workers of `benchmarks.train_step`: same UNet and batch."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.worker import serve
+from diffusion.execution import choose_execution
+from diffusion.model import build_model, initialise
+from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
+from diffusion.training import _Run
+
+Job = tuple[Callable[[], object], dict[str, Any]]
+SPECS = {
+    # about 1.1 M parameters: what a hospital's CPU trains
+    "cpu": ModelSpec(
+        image_size=32, channels=1, block_out_channels=(32, 64, 64), layers_per_block=1,
+        attention=(False, False, True), attention_head_dim=32, norm_num_groups=8,
+    ),
+    # 35.7 M parameters: the CIFAR-10 network of arXiv 2006.11239
+    "cuda": ModelSpec(
+        image_size=32, channels=3, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
+        attention=(False, True, False, False), attention_head_dim=256, norm_num_groups=32,
+    ),
+}  # fmt: skip
+BATCH = {"cpu": 64, "cuda": 128}
+
+
+def images(device: str) -> torch.Tensor:
+    spec = SPECS[device]
+    shape = (BATCH[device], spec.channels, spec.image_size, spec.image_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _model(device: str) -> nn.Module:
+    model = build_model(SPECS[device])
+    initialise(model, seed=0)
+    return model
+
+
+def diffusers_step(device: str) -> Job:
+    """The loop body of its example train_unconditional.py with its defaults and `--use_ema`."""
+    from diffusers.optimization import get_scheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    model = _model(device).to(device)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
+    ema.to(device)
+    clean = (images(device).float() / 127.5 - 1.0).to(device)
+
+    def step() -> None:
+        noise = torch.randn(clean.shape, device=device)
+        t = torch.randint(0, 1000, (len(clean),), device=device)
+        prediction = model(scheduler.add_noise(clean, noise, t), t).sample
+        functional.mse_loss(prediction.float(), noise.float()).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+
+    return step, _about(model, "fp32, eager, NCHW")
+
+
+def our_step(device: str) -> Job:
+    model, execution = _model(device), choose_execution(device)
+    optimizer = OptimizerSpec(batch_size=BATCH[device], learning_rate=1e-4)
+    schedule, objective = ScheduleSpec(kind="linear"), ObjectiveSpec(prediction="eps")
+    run = _Run(model, schedule, objective, optimizer, 0, execution)
+    run.begin(0, 1000, None, None, None, None)
+    x_0 = images(device)
+    form = "fused norms" if execution.fused_norms else "torch's norms"
+    about = _about(model, f"{execution.dtype}, eager, {execution.memory_format}, {form}")
+    return lambda: run.step(x_0.to(device)), about
+
+
+def _about(model: nn.Module, how: str) -> dict[str, Any]:
+    how = how.replace("torch.", "").replace("float32", "fp32").replace("bfloat16", "bf16")
+    return {"parameters": sum(p.numel() for p in copy.copy(model).parameters()), "how": how}
+
+
+def main() -> None:
+    name, device = sys.argv[1:]
+    make = {"diffusers": diffusers_step, "ours": our_step}[name]
+    if device == "cuda":
+        serve(lambda: make(device), torch.cuda.synchronize, torch.cuda.max_memory_allocated)
+    else:
+        serve(lambda: make(device))
+
+
+if __name__ == "__main__":
+    main()

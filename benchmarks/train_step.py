@@ -1,0 +1,93 @@
+"""One training step, three ways: diffusers' example, denoising-diffusion-pytorch, ours.
+
+    python -m benchmarks.train_step [--device cuda] [--json FILE]
+
+Batch and data are the same for all, the UNet for diffusers and ours; every contender has a process
+of its own and they take turns. CPU: a UNet of 1.1 M parameters at 32×32×1, batch 64, one thread.
+CUDA: the 35.7 M parameters of DDPM's CIFAR-10 network, batch 128. The first run makes an
+environment for denoising-diffusion-pytorch (`--without-lucidrains` leaves it out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from benchmarks import lucidrains
+from benchmarks.measure import Report, Times, side_by_side
+from benchmarks.worker import Unavailable, Worker
+
+_COLUMNS = ("step", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "peak_mib", "parameters", "how")
+STEP_TARGETS = {"cpu": (2.5, 5.0), "cuda": (1.5, None)}
+
+
+def _starters(device: str, threads: int, peer: bool) -> dict[str, Callable[[], Worker]]:
+    def own(name: str) -> Callable[[], Worker]:
+        arguments = ["benchmarks.contenders", name, device]
+        return lambda: Worker(sys.executable, arguments, threads)
+
+    def other() -> Worker:
+        if not peer:
+            raise Unavailable("left out")
+        return Worker(lucidrains.environment(), ["benchmarks.lucidrains", device], threads)
+
+    return {"diffusers": own("diffusers"), "lucidrains": other, "ours": own("ours")}
+
+
+def measure(report: Report, device: str, *, threads: int, rounds: int, peer: bool = True) -> None:
+    """Add the rows and targets of one device; those of a device that is not there say so."""
+    names = ("diffusers", "lucidrains", "ours")
+    workers: dict[str, Worker] = {}
+    why: dict[str, str] = dict.fromkeys(names, f"no {device} device")
+    if device == "cpu" or torch.cuda.is_available():
+        for name, start in _starters(device, threads, peer).items():
+            try:
+                workers[name] = start()
+            except Unavailable as reason:
+                why[name] = str(reason)
+    jobs = {name: worker.step for name, worker in workers.items()}
+    taken = {}
+    if jobs:
+        taken = side_by_side(jobs, rounds=rounds, warmup=2, time_job=lambda step: step())
+    for name in names:
+        row: dict[str, object] = dict.fromkeys(_COLUMNS) | {"step": name}
+        if name in taken:
+            cpu = float(np.median(workers[name].cpu_seconds[-rounds:]))
+            row |= taken[name].milliseconds() | {"cpu_p50_ms": round(1e3 * cpu, 1)}
+            row |= workers[name].finish()
+        else:
+            row["how"] = why[name]
+        report.row(**row)
+    for name, least in zip(names, STEP_TARGETS[device], strict=False):
+        if least is not None:
+            ratio = _ratio(taken, name)
+            suffix = "" if device == "cpu" else "_cuda"
+            report.target(f"step_vs_{name}{suffix}", ratio, "x", at_least=least)
+
+
+def _ratio(taken: dict[str, Times], name: str) -> float | None:
+    if name not in taken or "ours" not in taken:
+        return None
+    return round(taken[name].p50 / taken["ours"].p50, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time one training step against two peers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contender's torch")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--without-lucidrains", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
+    given = parser.parse_args()
+    report = Report(f"training step on {given.device}, {given.threads} thread(s)")
+    measure(report, given.device, threads=given.threads, rounds=given.rounds,
+            peer=not given.without_lucidrains)  # fmt: skip
+    report.finish(given.json)
+
+
+if __name__ == "__main__":
+    main()
