@@ -70,8 +70,6 @@ class Certificate:
         senders = {message.sender for message in self.messages}
         if not senders <= set(self.survivors) or not set(self.survivors) <= set(roster.indices):
             raise Refused(Reason.BAD_CERTIFICATE, "confirmed from outside the survivors")
-        if len(self.survivors) < roster.threshold:
-            raise Refused(Reason.BAD_CERTIFICATE, "fewer survivors than the threshold")
 
     def _outcome(self, message: Signed) -> tuple[bytes, tuple[int, ...]]:
         if not self.is_sum:

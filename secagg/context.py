@@ -72,7 +72,7 @@ class SessionContext:
                 f"a vector of {self.length} elements of {self.ring} bits does not fit one "
                 f"keystream of {MAX_VECTOR_BYTES} bytes"
             )
-        if self.session < 1 or not 0 < len(self.quantity.purpose) <= _MAX_PURPOSE:
+        if self.session < 1 or not 0 < len(self.quantity.purpose.encode()) <= _MAX_PURPOSE:
             raise InvalidParameters("a session number starts at 1 and its quantity has a purpose")
 
     @property

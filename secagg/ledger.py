@@ -131,8 +131,7 @@ def encode_entry(entry: Entry) -> bytes:
             return u8(5) + blob(ctx)
         case Settled(ctx, certificate, summed, included):
             return u8(6) + blob(ctx) + blob(certificate) + u8(summed) + u8(included)
-        case Overruled(ctx):
-            return u8(7) + blob(ctx)
+    return u8(7) + blob(entry.ctx)
 
 
 def decode_entry(data: bytes) -> Entry:
@@ -318,8 +317,7 @@ def _applied(record: SessionRecord, entry: Later) -> SessionRecord:
             return replace(record, aborted=True)
         case Settled():
             return replace(record, settled=entry)
-        case Overruled():
-            return replace(record, overruled=True)
+    return replace(record, overruled=True)
 
 
 def _aborted_for_certain(record: SessionRecord) -> bool:

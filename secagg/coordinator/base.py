@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from secagg.context import SessionContext
 from secagg.errors import Reason, Refused, UnexpectedEvent
 from secagg.events import (
-    Cancel,
     CoordinatorEffect,
     CoordinatorEvent,
     Deadline,
@@ -60,8 +59,7 @@ class CoordinatorState(ABC):
                 return self.on_received(event)
             case Deadline():
                 return self.on_deadline()
-            case Cancel():
-                return self.on_cancel(event.why)
+        return self.on_cancel(event.why)
 
     def on_received(self, event: Received) -> Next:
         if event.message in self.heard():

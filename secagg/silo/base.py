@@ -43,10 +43,6 @@ class SiloParty:
     ledger_key: Secret = field(repr=False)
     entropy: Entropy = field(repr=False)
 
-    @property
-    def name(self) -> str:
-        return self.roster.member(self.index).name
-
     def sign(self, step: Step, ctx: bytes, body: bytes) -> Signed:
         return Signed.by(self.identity, step, self.index, ctx, body)
 
@@ -86,8 +82,7 @@ class SiloState(ABC):
                 return self.on_confirmations(event)
             case GiveUp():
                 return self.on_give_up(event)
-            case Settle():
-                return self.on_settle(event)
+        return self.on_settle(event)
 
     @property
     def session(self) -> SessionContext | None:

@@ -1,0 +1,409 @@
+"""The ledger's rules where they are easy to get wrong: purposes, reservations, rosters, ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from secagg import coordinator, silo
+from secagg.certificate import Certificate
+from secagg.context import NO_HASH, Quantity
+from secagg.errors import MalformedMessage, Reason, Refused, UnexpectedEvent
+from secagg.events import Adverts, Confirmations, GiveUp, Headers, Open, Settle
+from secagg.ledger import (
+    MAX_FOREIGN_ABORTS,
+    Aborted,
+    Confirmed,
+    History,
+    Opened,
+    Overruled,
+    Settled,
+    decode_entry,
+    encode_entry,
+)
+from secagg.messages import Confirm, Header, Step
+from secagg.roster import Member, Roster
+from tests.secagg.test_attacks import refused, request
+from tests.secagg.world import World, make_context, make_roster, make_world
+
+
+def summed(**changes: object) -> World:
+    world = make_world(4, **changes)
+    world.pump()
+    world.settle()
+    return world
+
+
+# --- what a quantity is
+
+
+@pytest.mark.parametrize("purpose", ["round ", "Round", "round2", "evaluation", "census/2"])
+def test_the_same_thing_under_a_purpose_of_another_name_is_refused(purpose: str) -> None:
+    world = summed()
+    again = make_context(world.roster, session=2, quantity=Quantity(purpose, 1), model=b"m" * 32)
+    assert refused(world, 1, Open(again)) is Reason.UNKNOWN_PURPOSE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": NO_HASH},
+        {"reservation": b"r" * 32},
+        {"survivors": (1, 2, 3, 4)},
+        {"quantity": Quantity("census", 1), "model": b"m" * 32},
+        {"quantity": Quantity("tags", 1), "reservation": b"r" * 32},
+        {"quantity": Quantity("images", 1)},
+        {"quantity": Quantity("images", 1), "survivors": (1, 2, 3)},
+        {"quantity": Quantity("images", 1), "reservation": b"r" * 32},
+    ],
+)
+def test_a_purpose_is_bound_to_what_it_is_made_from_and_to_nothing_else(
+    change: dict[str, object],
+) -> None:
+    world = make_world(4)
+    assert refused(world, 1, Open(make_context(world.roster, **change))) is Reason.WRONG_BINDING
+
+
+def test_images_go_only_where_our_own_tags_are() -> None:
+    world = make_world(5, ring=32)
+    images = dict(quantity=Quantity("images", 1), reservation=b"r" * 32)
+    early = make_context(world.roster, survivors=(1, 2, 3, 4), **images)
+    assert refused(world, 1, Open(early)) is Reason.WRONG_BINDING
+    world.reserve((1, 2, 3, 4))
+    other = make_context(world.roster, session=2, survivors=(1, 2, 3, 5), **images)
+    assert refused(world, 1, Open(other)) is Reason.WRONG_SURVIVORS
+    late = make_context(world.roster, session=2, survivors=(2, 3, 4, 5), **images)
+    assert refused(world, 5, Open(late)) is Reason.WRONG_BINDING
+    attempt = make_context(
+        world.roster,
+        session=2,
+        survivors=(1, 2, 3, 4),
+        quantity=Quantity("images", 2),
+        reservation=b"r" * 32,
+    )
+    assert refused(world, 1, Open(attempt)) is Reason.WRONG_BINDING
+    world.pump()
+    assert isinstance(world.session, coordinator.Summed)
+
+
+def test_a_silo_that_lost_its_keys_after_its_tags_were_committed_still_brings_its_images() -> None:
+    world = make_world(4, quantity=Quantity("tags", 1), ring=32)
+    world.run_until(coordinator.Confirming)
+    world.silos[4].restart()
+    world.pump(lambda i: i != 4)
+    world.deadline()
+    world.pump(lambda i: i != 4)
+    world.settle()
+    context = make_context(
+        world.roster,
+        session=2,
+        quantity=Quantity("images", 1),
+        survivors=(1, 2, 3, 4),
+        reservation=b"r" * 32,
+    )
+    assert world.silos[4].deliver(Open(context))
+
+
+# --- rosters change between sessions
+
+
+def shrunk(world: World) -> Roster:
+    """The next epoch: two of six are gone, and three signatures suffice."""
+    return Roster("trial", 2, 3, 1, world.roster.members[:4])
+
+
+def test_a_smaller_roster_cannot_end_a_session_of_a_larger_one() -> None:
+    """Five of six had to confirm or to abort. If three of the four that are left could speak for
+    them, two outcomes were possible, and the quantity would be open to a second sum."""
+    world = make_world(6)
+    world.pump()  # the sum is known; nobody is shown the certificate
+    site, ctx = world.silos[1], world.session.context.digest
+    party = replace(site.party, roster=shrunk(world))
+    site.state = silo.resume(party, History.of(site.disk))
+    aborts = tuple(world.silos[i].party.sign(Step.ABORT, ctx, b"") for i in (2, 3, 4))
+    forged = Settle(Certificate(Step.ABORT, ctx, aborts))
+    assert refused(world, 1, forged) is Reason.ROSTER_MISMATCH
+    again = make_context(party.roster, session=2, epoch=2)
+    assert refused(world, 1, Open(again)) is Reason.IN_DOUBT
+
+
+def test_a_smaller_roster_cannot_open_the_shares_of_a_larger_one() -> None:
+    world = make_world(6)
+    world.run_until(coordinator.Unmasking)
+    event = request(world, 1)
+    assert isinstance(event, Confirmations)
+    site = world.silos[1]
+    party = replace(site.party, roster=shrunk(world))
+    site.state = silo.resume(party, History.of(site.disk))
+    assert isinstance(site.state, silo.Waiting)
+    with pytest.raises(Exception, match="Confirmations in state Waiting"):
+        site.deliver(Confirmations(event.messages[:3]))
+
+
+def test_a_certificate_of_a_session_that_we_never_opened_changes_nothing() -> None:
+    world = make_world(4)
+    world.kill(4)
+    world.pump()
+    world.deadline()
+    world.pump()
+    world.silos[4].alive = True
+    event = world.session.request_for(4)
+    assert event is not None
+    before = world.silos[4].state
+    assert world.silos[4].deliver(event) == []
+    assert world.silos[4].state is before
+
+
+# --- how a session ends
+
+
+def test_a_second_outcome_of_one_session_is_refused() -> None:
+    """t CONFIRMs and t ABORTs of one session can both be signed: only one of them is taken."""
+    world = make_world(4)
+    world.run_until(coordinator.Unmasking)
+    assert isinstance(world.session, coordinator.Unmasking)
+    ctx = world.session.context.digest
+    confirms = tuple(world.session.confirmed.confirmations.values())
+    aborts = tuple(world.silos[i].deliver(GiveUp(ctx))[0].message for i in (1, 2, 3))
+    by_abort = Settle(Certificate(Step.ABORT, ctx, aborts))
+    by_sum = Settle(Certificate(Step.CONFIRM, ctx, confirms))
+    world.silos[4].deliver(by_abort)
+    assert refused(world, 4, by_sum) is Reason.BAD_CERTIFICATE
+    assert world.silos[4].deliver(by_abort) == []
+    world.silos[3].deliver(by_sum)
+    assert refused(world, 3, by_abort) is Reason.BAD_CERTIFICATE
+
+
+def test_a_silo_whose_view_was_split_stays_in_doubt_for_a_person_to_look() -> None:
+    world = make_world(5)
+    world.run_until(coordinator.Confirming)
+    from secagg.events import Survivors
+
+    world.silos[5].deliver(Survivors((1, 2, 3, 5)))
+    world.pump(lambda i: i != 5)
+    world.deadline()
+    world.pump(lambda i: i != 5)
+    assert isinstance(world.session, coordinator.Summed)
+    assert refused(world, 5, Settle(world.session.certificate)) is Reason.BAD_CERTIFICATE
+    assert world.silos[5].state.history.in_doubt
+    retry = make_context(world.roster, session=2, quantity=Quantity("round", 2), model=b"2" * 32)
+    assert refused(world, 5, Open(retry)) is Reason.IN_DOUBT
+
+
+def test_a_sum_that_claims_an_input_we_never_made_does_not_count_us_in() -> None:
+    world = make_world(4)
+    ctx = world.session.context.digest
+    world.silos[1].deliver(request(world, 1))
+    body = Confirm(bytes(32), (1, 2, 3, 4), bytes(32)).encode()
+    confirms = tuple(world.silos[i].party.sign(Step.CONFIRM, ctx, body) for i in (2, 3, 4))
+    world.silos[1].deliver(Settle(Certificate(Step.CONFIRM, ctx, confirms)))
+    (settled,) = (e for e in world.silos[1].disk if isinstance(e, Settled))
+    assert settled.summed
+    assert not settled.included
+
+
+def test_operators_settle_by_hand_and_the_quantity_stays_closed() -> None:
+    world = make_world(4)
+    world.pump()
+    site = world.silos[1]
+    site.disk.append(Overruled(world.session.context.digest))
+    site.restart()
+    assert isinstance(site.state, silo.Waiting)
+    again = make_context(world.roster, session=2)
+    assert refused(world, 1, Open(again)) is Reason.QUANTITY_CLOSED
+    next_round = make_context(
+        world.roster, session=2, quantity=Quantity("round", 2), model=b"2" * 32
+    )
+    assert site.deliver(Open(next_round))
+
+
+@pytest.mark.parametrize("length", [0, 31, 33, 4096])
+def test_a_digest_of_another_length_cannot_spoil_the_ledger(length: int) -> None:
+    """Written, it would have been an entry that no restart can read."""
+    world = make_world(4)
+    with pytest.raises(MalformedMessage, match=f"{length} bytes"):
+        world.silos[1].deliver(GiveUp(bytes(length)))
+    assert world.silos[1].disk == []
+
+
+def test_aborts_of_sessions_that_we_never_opened_are_bounded() -> None:
+    world = make_world(4)
+    site = world.silos[1]
+    known = [Aborted(i.to_bytes(32, "big")) for i in range(MAX_FOREIGN_ABORTS)]
+    site.disk += known
+    site.state = replace(
+        site.state, history=History(aborted=frozenset(entry.ctx for entry in known))
+    )
+    assert refused(world, 1, GiveUp(b"n" * 32)) is Reason.TOO_MANY_ABORTS
+    assert site.deliver(GiveUp(known[7].ctx))  # the same again is the same bytes
+    site.deliver(request(world, 1))
+    assert site.deliver(GiveUp(world.session.context.digest))  # and ours may be given up
+
+
+def test_an_aborted_session_is_not_unmasked_whatever_state_asks() -> None:
+    history = History.of([Aborted(b"c" * 32)])
+    with pytest.raises(Refused) as caught:
+        history.check_unmask(b"c" * 32)
+    assert caught.value.reason is Reason.ALREADY_ABORTED
+
+
+# --- every crash point: the ledger up to any entry, and then everything the coordinator can ask
+
+
+def test_a_crash_after_any_entry_never_lets_a_silo_mask_or_confirm_a_second_time() -> None:
+    world = make_world(4)
+    asked = []
+    while not world.session.over:
+        for index, other in world.silos.items():
+            event = world.session.request_for(index)
+            if event is None:
+                continue
+            if index == 1:
+                asked.append(event)
+            for sent in other.deliver(event):
+                from secagg.events import Received
+
+                world.feed(Received(sent.message, sent.parcels))
+    site = world.silos[1]
+    said = {Step.CONFIRM: set(), Step.UNMASK: set(), Step.MASKED_INPUT: set()}
+    for kept in range(1, len(site.disk) + 1):
+        for event in asked:
+            state = silo.resume(site.party, History.of(site.disk[:kept]))
+            try:
+                _, effects = state.handle(event)
+            except (Refused, UnexpectedEvent):
+                continue
+            for effect in effects:
+                message = getattr(effect, "message", None)
+                if message is not None:
+                    said[message.step].add(message.encode())
+    assert len(said[Step.CONFIRM]) == 1
+    assert len(said[Step.UNMASK]) == 1
+    assert not said[Step.MASKED_INPUT]
+
+
+# --- entries
+
+
+ENTRIES = [
+    Confirmed(b"c" * 32, b"t" * 32, (1, 2, 3), (1, 2), b"v" * 32, b"locked"),
+    Settled(b"c" * 32, b"d" * 32, False, False),
+    Overruled(b"c" * 32),
+    Aborted(b"c" * 32),
+    Opened(make_context(make_roster(4)[0])),
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
+def test_an_entry_is_read_as_it_was_written(entry: Confirmed) -> None:
+    assert decode_entry(encode_entry(entry)) == entry
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x00",
+        b"\x08" + encode_entry(Overruled(bytes(32)))[1:],
+        encode_entry(Settled(bytes(32), bytes(32), True, True))[:-1] + b"\x02",
+        encode_entry(Settled(bytes(32), bytes(32), True, True))[:-2] + b"\x02\x00",
+    ],
+)
+def test_an_entry_of_no_kind_or_with_a_flag_that_is_none_is_refused(raw: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode_entry(raw)
+
+
+# --- what a dealer or the coordinator may put before a silo
+
+
+def test_an_advert_that_cannot_be_read_or_sealed_to_names_its_silo() -> None:
+    world = make_world(4)
+    world.run_until(coordinator.Sharing)
+    event = request(world, 1)
+    assert isinstance(event, Adverts)
+    ctx = world.session.context.digest
+    keys = event.messages[2].body
+    for body in (b"short", keys[:-32] + bytes(32)):
+        bad = world.silos[3].party.sign(Step.ADVERTISE, ctx, body)
+        with pytest.raises(Refused) as caught:
+            world.silos[1].deliver(Adverts((*event.messages[:2], bad, event.messages[3])))
+        assert (caught.value.reason, caught.value.accused) == (Reason.BAD_KEY, 3)
+
+
+def test_a_header_that_cannot_be_read_or_deals_to_others_names_its_silo() -> None:
+    world = make_world(4)
+    world.run_until(coordinator.Collecting)
+    event = request(world, 1)
+    assert isinstance(event, Headers)
+    header = Header.decode(event.messages[2].body)
+    ctx = world.session.context.digest
+    for body in (b"short", replace(header, dealt=header.dealt[:3]).encode()):
+        bad = world.silos[3].party.sign(Step.SHARE, ctx, body)
+        messages = (*event.messages[:2], bad, event.messages[3])
+        with pytest.raises(Refused) as caught:
+            world.silos[1].deliver(replace(event, messages=messages))
+        assert (caught.value.reason, caught.value.accused) == (Reason.BAD_COMMITMENT, 3)
+
+
+@pytest.mark.parametrize("field", ["share_b", "share_r", "seed"])
+def test_what_opens_but_is_not_what_was_committed_names_the_dealer(field: str) -> None:
+    world = make_world(4)
+    world.run_until(coordinator.Collecting)
+    event = request(world, 4)
+    assert isinstance(event, Headers)
+    header = Header.decode(event.messages[0].body)
+    dealt = (*header.dealt[:3], replace(header.dealt[3], **{field: bytes(32)}))
+    ctx = world.session.context.digest
+    bad = world.silos[1].party.sign(Step.SHARE, ctx, replace(header, dealt=dealt).encode())
+    with pytest.raises(Refused) as caught:
+        world.silos[4].deliver(replace(event, messages=(bad, *event.messages[1:])))
+    assert (caught.value.reason, caught.value.accused) == (Reason.BAD_COMMITMENT, 1)
+
+
+def test_a_confirmation_that_cannot_be_read_or_is_no_survivors_is_refused() -> None:
+    world = make_world(5)
+    world.run_until(coordinator.Collecting)
+    world.kill(5)
+    world.pump()
+    world.deadline()
+    world.run_until(coordinator.Unmasking)
+    event = request(world, 1)
+    assert isinstance(event, Confirmations)
+    ctx = world.session.context.digest
+    garbled = world.silos[4].party.sign(Step.CONFIRM, ctx, b"?")
+    outsider = world.silos[5].party.sign(Step.CONFIRM, ctx, event.messages[0].body)
+    ours = event.messages
+    assert refused(world, 1, Confirmations((*ours[:3], garbled))) is Reason.TRANSCRIPT_MISMATCH
+    assert refused(world, 1, Confirmations((*ours, outsider))) is Reason.NOT_A_SUBSET
+
+
+@pytest.mark.parametrize("survivors", [(1, 2, 9), (1, 2), (2, 3, 4)])
+def test_a_sum_certificate_is_signed_by_its_own_survivors(survivors: tuple[int, ...]) -> None:
+    world = make_world(4)
+    ctx = world.session.context.digest
+    body = Confirm(bytes(32), survivors, bytes(32)).encode()
+    signed = tuple(world.silos[i].party.sign(Step.CONFIRM, ctx, body) for i in (1, 2, 3))
+    bad = Settle(Certificate(Step.CONFIRM, ctx, signed))
+    assert refused(world, 1, bad) is Reason.BAD_CERTIFICATE
+
+
+def test_few_survivors_are_no_sum_even_if_all_of_them_signed() -> None:
+    world = make_world(5)
+    ctx = world.session.context.digest
+    body = Confirm(bytes(32), (1, 2, 3), bytes(32)).encode()
+    signed = tuple(world.silos[i].party.sign(Step.CONFIRM, ctx, body) for i in (1, 2, 3))
+    bad = Settle(Certificate(Step.CONFIRM, ctx, signed))
+    assert refused(world, 1, bad) is Reason.BAD_CERTIFICATE
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "b\x1b[2K", "c"), ("a\n", "b", "c"), ("", "b", "c"), ("a", "b\u202e", "c")]
+)
+def test_a_name_cannot_hide_a_line_of_the_roster_that_is_read_aloud(names: tuple[str, ...]) -> None:
+    members = tuple(Member(name, bytes([i]) * 32) for i, name in enumerate(sorted(names)))
+    with pytest.raises(Exception, match="printable"):
+        Roster("trial", 1, 3, 1, members)
+    good = tuple(Member(name, bytes([i]) * 32) for i, name in enumerate("abc"))
+    with pytest.raises(Exception, match="printable"):
+        Roster("tri\ral", 1, 3, 1, good)
