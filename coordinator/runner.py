@@ -27,7 +27,7 @@ from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, Stopped, StudyFailed, Summing
 from coordinator.union import collect_union
 from coordinator.worker import Worker
-from study.quantity import CensusWork, MomentsWork, RoundWork
+from study.quantity import CensusWork, MomentsWork, RoundWork, moments_bound
 from study.strategies import RoundRecord
 
 log = structlog.get_logger()
@@ -145,7 +145,7 @@ class Runner:
             network=network,
             sha256=sha256,
             dimension=dimension,
-            bound=max(1.0, evaluation.feature_bound, evaluation.feature_bound**2),
+            bound=moments_bound(evaluation.feature_bound),
         )
         end = await self._summing.sum(Asked(work, self._live.roster.epoch, self._members))
         return {

@@ -26,6 +26,7 @@ from study.quantity import (
     TagsWork,
     Work,
     decode_work,
+    moments_bound,
     session_context,
 )
 
@@ -145,6 +146,8 @@ def _check_moments(work: MomentsWork, plan: Plan) -> None:
     agreed = plan.evaluation
     if agreed is None or (work.network, work.sha256) != (agreed.feature_network, agreed.sha256):
         raise ValueError(f"moments: feature network {work.network!r} is not the plan's")
+    if work.bound != moments_bound(agreed.feature_bound):
+        raise ValueError(f"moments: the bound {work.bound} does not follow from the plan's")
 
 
 def _check_tags(work: TagsWork, plan: Plan) -> int:

@@ -111,6 +111,11 @@ def count_encoding(silos: int) -> Integers:
     return Integers(32, silos, (IntegerField("count", 40),))
 
 
+def moments_bound(feature_bound: float) -> float:
+    """B of the moments vector: what |n/Σñ| ≤ 1, a mean feature and a mean product stay below."""
+    return max(1.0, feature_bound, feature_bound**2)
+
+
 def moments_encoding(work: MomentsWork, silos: int) -> FixedPoint:
     """The moments vector: n/Σñ, then Σf/Σñ, then the upper triangle of Σffᵀ/Σñ."""
     d = work.dimension

@@ -36,7 +36,7 @@ CLIP = PLAN.first_clip
 ROUND = RoundWork(total_count=400, sizes=(parameter_count(PLAN.model),), clips=(CLIP,))
 TAGS = TagsWork(total_count=400, images=24, slots=192)
 IMAGES = ImagesWork(tags=SUM.hexdigest(), occupied=20, record_size=65)
-MOMENTS = MomentsWork(total_count=400, network="digits", sha256="ab" * 32, dimension=64, bound=36.0)
+MOMENTS = MomentsWork(total_count=400, network="digits", sha256="ab" * 32, dimension=64, bound=4.0)
 
 
 def certificate() -> Certificate:
@@ -115,6 +115,7 @@ def test_a_context_that_differs_in_one_field_is_refused(name: str) -> None:
         (TAGS.model_copy(update={"slots": 193}), 1, "193 slots"),
         (IMAGES.model_copy(update={"record_size": 66}), 1, "records of 66 bytes"),
         (MOMENTS.model_copy(update={"sha256": "cd" * 32}), 1, "network 'digits' is not the plan's"),
+        (MOMENTS.model_copy(update={"bound": 36.0}), 1, "the bound 36.0 does not follow"),
     ],
 )
 def test_work_beyond_the_plan_is_refused(work: Work, round: int, said: str) -> None:
