@@ -14,7 +14,8 @@ import pytest
 from coordinator import admin
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
-from tests.coordinator.federation import COUNTS, Federation, TestSilo
+from tests.coordinator.agent import COUNTS, TestSilo
+from tests.coordinator.federation import Federation
 
 INVALID, FAILED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 DENIED = grpc.StatusCode.PERMISSION_DENIED

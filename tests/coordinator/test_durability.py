@@ -11,7 +11,8 @@ from coordinator import admin
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from secagg import silo as secagg_silo
-from tests.coordinator.federation import Federation, TestSilo, Vanish, nothing
+from tests.coordinator.agent import TestSilo, Vanish, nothing
+from tests.coordinator.federation import Federation
 
 STEPS = ("ADVERTISE", "SHARE", "MASKED_INPUT", "CONFIRM", "UNMASK")
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from coordinator import admin
 from diffusion.features.network import FEATURE_NETWORKS
-from tests.coordinator.federation import Federation, TestSilo, Vanish, nothing
+from tests.coordinator.agent import TestSilo, Vanish, nothing
+from tests.coordinator.federation import Federation
 
 
 async def test_a_study_ends_with_a_model_although_silos_vanish_and_the_coordinator_restarts(

@@ -21,14 +21,14 @@ from protos.v1 import enrolment_pb2 as join_pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from protos.v1.enrolment_pb2_grpc import EnrolmentStub
 from study.invitation import Invitation, InvitationError
-from tests.coordinator.federation import (
+from tests.coordinator.agent import (
     Credentials,
-    Federation,
     certificate_request,
     join,
     join_request,
     new_key,
 )
+from tests.coordinator.federation import Federation
 
 
 async def refused(call: object) -> tuple[grpc.StatusCode, str]:
