@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import struct
 from collections.abc import Iterable, Sequence
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -75,9 +74,9 @@ def hpke_secret(pq: MLKEM768PrivateKey, ec: X25519PrivateKey, enc: bytes) -> byt
     return hashlib.sha3_256(ss_pq + ss_ec + enc[1088:] + pk_ec + rb"\.//^\ "[:-1]).digest()
 
 
-def hpke_schedule(shared: bytes, info: bytes) -> tuple[bytes, bytes]:
+def hpke_schedule(shared: bytes, info: bytes, kem: int = 0x647A) -> tuple[bytes, bytes]:
     """Key and base nonce in base mode with HKDF-SHA256 and ChaCha20-Poly1305 (RFC 9180 §5.1)."""
-    suite = b"HPKE" + struct.pack(">HHH", 0x647A, 1, 3)
+    suite = b"HPKE" + u(16, kem) + u(16, 1) + u(16, 3)
 
     def extract(salt: bytes, label: bytes, ikm: bytes) -> bytes:
         return hmac.digest(salt or bytes(32), b"HPKE-v1" + suite + label + ikm, "sha256")
