@@ -16,12 +16,11 @@ captured CUDA graph stays right.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from kernels._arguments import (
     FLOATS,
@@ -163,21 +162,19 @@ def adamw_ema_reference(
     weight_decay: float,
     mu: float,
 ) -> None:
-    rate, now = lr.item(), step.item()
-    step_size = rate / (1.0 - beta_1**now)
-    root = math.sqrt(1.0 - beta_2**now)
+    rate, before = lr.item(), torch.tensor(step.item() - 1.0)
     for start in range(0, param.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
         p, m, v = param[part], exp_avg[part], exp_avg_sq[part]
-        g = grad[part].to(torch.float32)
+        g = grad[part].to(torch.float32).contiguous()
         if anchor is not None:
             g = g.add(p - anchor[part], alpha=mu)
         if control is not None:
             g = g + control[part]
-        m.lerp_(g, 1.0 - beta_1)
-        v.mul_(beta_2).addcmul_(g, g, value=1.0 - beta_2)
-        denominator = v.sqrt().div_(root).add_(eps)
-        p.mul_(1.0 - rate * weight_decay).addcdiv_(m, denominator, value=-step_size)
+        adamw(
+            [p], [g], [m], [v], [], [before.clone()], fused=True, amsgrad=False, maximize=False,
+            lr=rate, beta1=beta_1, beta2=beta_2, eps=eps, weight_decay=weight_decay,
+        )  # fmt: skip
         if ema is not None and ema_decay is not None:
             ema[part].lerp_(p, 1.0 - ema_decay.item())
 

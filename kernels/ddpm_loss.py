@@ -36,20 +36,13 @@ from kernels._arguments import (
     check_same_shape,
     check_schedule,
     check_stream,
-    check_timestep_range,
     is_channels_last,
     is_dense,
     on_device_of,
 )
-from kernels.noise import block_size, needs_wide_index, normal_block, normal_reference
-from kernels.q_sample import (
-    memory_offset,
-    per_sample,
-    signal_and_noise,
-    sqrt_rn,
-    to_unit_range,
-    unit_range_reference,
-)
+from kernels._ddpm_loss_cpu import ddpm_loss_reference
+from kernels.noise import block_size, needs_wide_index, normal_block
+from kernels.q_sample import memory_offset, per_sample, signal_and_noise, to_unit_range
 
 _BLOCKS_PER_CHUNK = 4  # what one program sums
 
@@ -217,57 +210,6 @@ def _launch_ddpm_loss(
             BLOCK=min(256, triton.next_power_of_2(n_chunks)),
             enable_fp_fusion=False,
         )
-
-
-# --- torch ----------------------------------------------------------------------------------------
-
-
-def min_snr_weight(a: Tensor, objective: str, gamma: float) -> Tensor:
-    """min-SNR-gamma for the loss on the given target; finite at both ends of the schedule (a = 0
-    and a = 1).
-    """
-    snr = a / (1.0 - a)
-    if objective == "eps":
-        return gamma / snr.clamp(min=gamma)
-    if objective == "x0":
-        return snr.clamp(max=gamma)
-    return snr.clamp(max=gamma) / (snr + 1.0)
-
-
-def _target(
-    pred: Tensor, x_0: Tensor, a: Tensor, stream: tuple[Tensor, Tensor, Tensor], objective: str
-) -> Tensor:
-    if objective == "x0":
-        return unit_range_reference(x_0)
-    eps = normal_reference(pred.shape, *stream, torch.float32)
-    if objective == "eps":
-        return eps
-    x = unit_range_reference(x_0) * per_sample(sqrt_rn(1.0 - a), x_0)
-    return eps.mul_(per_sample(sqrt_rn(a), eps)).sub_(x)
-
-
-def ddpm_loss_reference(
-    pred: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    alpha_bar: Tensor,
-    stream: tuple[Tensor, Tensor, Tensor],
-    objective: str,
-    snr_gamma: float | None,
-    with_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, 2 w / D, pred - target in pred's dtype and layout)."""
-    check_timestep_range("ddpm_loss", t, alpha_bar.shape[0])
-    a = alpha_bar[t]
-    difference = pred.to(torch.float32) - _target(pred, x_0, a, stream, objective)
-    elements = max(pred[:1].numel() if pred.shape[0] else 1, 1)
-    share = torch.ones_like(a) if snr_gamma is None else min_snr_weight(a, objective, snr_gamma)
-    share = share / elements
-    residual = pred.new_empty(0)
-    if with_residual:
-        residual = torch.empty_like(pred).copy_(difference)
-    square = (difference * difference).flatten(1).sum(1, dtype=torch.float64)
-    return (square * share).to(torch.float32), 2.0 * share, residual
 
 
 # --- the ops --------------------------------------------------------------------------------------

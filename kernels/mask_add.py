@@ -72,7 +72,7 @@ def _sum_of_keystreams(keys, signs, n_keys, counter, RING: tl.constexpr, LANES: 
     for k in range(n_keys):
         subtract = tl.load(signs + k) < 0
         words = keystream_block(keys + 8 * k, counter)
-        total = _add_in_lanes(total, tl.where(subtract, ~words, words), RING)
+        total = _add_in_lanes(total, tl.where(subtract, words ^ 0xFFFFFFFF, words), RING)
         total = _add_in_lanes(total, tl.where(subtract, one, 0), RING)
     return total
 

@@ -185,10 +185,10 @@ def _launch_normal(out: Tensor, key: Tensor, sample_id: Tensor, step: Tensor) ->
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox4x32-10 in int64 arithmetic, in place.
+    """Philox4x32-10 in int64 arithmetic; overwrites both arguments.
 
     ``even`` holds the counter words (c0, c2) and ``odd`` (c1, c3), int64 of shape (2, ...) with
-    values below 2^32; afterwards they hold the output words (w0, w2) and (w1, w3). A product of two
+    values below 2^32; the result is the output words (w0, w2) and (w1, w3). A product of two
     32-bit words wraps at 2^64 without losing a bit, so its halves are a shift and a mask.
     """
     key = key.reshape(1)
@@ -203,8 +203,8 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         torch.mul(even[1], _MULTIPLIER[1], out=product[0])
         torch.bitwise_right_shift(product, 32, out=even)
         even.bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_MASK)
-        torch.bitwise_and(product, _MASK, out=odd)
-    return even, odd
+        odd, product = product, odd  # its upper half goes with the next mask
+    return even, odd.bitwise_and_(_MASK)
 
 
 def _counters(sample_id: Tensor, step: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,247 @@
+"""Every fused operation against torch eager and torch.compile, at the sizes of a training step.
+
+    python -m benchmarks.kernels [--device cuda] [--no-compile] [--json FILE]
+
+GB/s counts the bytes an operation cannot avoid moving; `of_copy` is their share of the copy
+bandwidth measured in the same run. `launch_us` is the time the host needs to enqueue a call and
+`graph_ms` a call's share of a replayed CUDA graph; both exist on CUDA only. Masks are bound by
+arithmetic, not by memory: their GB/s is keystream made. Without a GPU the rows for it say 'not
+measured'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import kernels
+from benchmarks.measure import Report, Times, side_by_side
+
+Job = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation by several means. `moved`: bytes it cannot avoid reading and writing."""
+
+    name: str
+    moved: int
+    ours: Job
+    eager: Job | None = None
+    aim: tuple[str, float] | None = None
+    """('of_copy', least share) or ('eager', least ratio) or ('ms', most)."""
+
+
+def _images(device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    batch = 64 if device == "cpu" else 4096
+    alpha_bar = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0).to(device)
+    x_0 = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
+    key = torch.tensor(kernels.derive_key(0, "benchmark"), device=device)
+    stream: dict[str, Any] = {"key": key, "sample_id": torch.arange(batch, device=device)}
+    stream["step"] = torch.tensor(1, device=device)
+    return x_0, torch.randint(0, 1000, (batch,), device=device), alpha_bar, stream
+
+
+def elementwise(device: str) -> Iterator[Case]:
+    x_0, t, alpha_bar, stream = _images(device)
+    n, bound = x_0.numel(), ("of_copy", 0.85)
+
+    def eager_q_sample() -> Tensor:
+        a, x = alpha_bar[t].view(-1, 1, 1, 1), x_0.float() * (2 / 255) - 1
+        return a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+
+    yield Case(
+        "q_sample",
+        5 * n,
+        lambda: kernels.q_sample(x_0, t, alpha_bar, **stream),
+        eager_q_sample,
+        bound,
+    )
+    pred = torch.randn(x_0.shape, device=device, requires_grad=True)
+    eps = torch.randn(x_0.shape, device=device)
+
+    def grad(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss.mean(), pred)[0]
+
+    yield Case(
+        "ddpm_loss, with gradient (eager: noise stored)", 12 * n,
+        lambda: grad(kernels.ddpm_loss(pred, x_0, t, alpha_bar, **stream)),
+        lambda: grad((pred - eps).square().flatten(1).mean(1)),
+    )  # fmt: skip
+    x_t, given = torch.randn(2, *x_0.shape, device=device)
+    yield Case(
+        "sampler_step, DDIM", 12 * n,
+        lambda: kernels.sampler_step(x_t, given, t, t - 1, alpha_bar, eta=0.0, **stream),
+        None, bound,
+    )  # fmt: skip
+
+
+def optimiser(device: str) -> Iterator[Case]:
+    size = 1_100_000 if device == "cpu" else 36_000_000
+    param, grad = torch.randn(2, size, device=device)
+    ema, m, v = param.clone(), torch.zeros_like(param), torch.zeros_like(param)
+    theirs = nn.Parameter(param.clone())
+    theirs.grad = grad
+    adamw = torch.optim.AdamW([theirs], lr=1e-4, fused=True)
+    numbers: dict[str, Any] = {
+        "lr": torch.tensor(1e-4),
+        "step": torch.tensor(10),
+        "ema_decay": torch.tensor(0.999),
+    }
+    numbers = {name: value.to(device) for name, value in numbers.items()}
+
+    def with_torch() -> None:
+        adamw.step()
+        ema.lerp_(theirs.detach(), 1e-3)
+
+    yield Case(
+        "adamw_ema (eager: fused AdamW, lerp)", 36 * size,
+        lambda: kernels.adamw_ema_(param, grad, m, v, ema=ema, **numbers), with_torch,
+        ("of_copy", 0.85),
+    )  # fmt: skip
+
+
+def norms(device: str) -> Iterator[Case]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shape = (64, 64, 32, 32) if device == "cpu" else (128, 256, 32, 32)
+    x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    weight, bias = (nn.Parameter(torch.randn(shape[1], device=device)) for _ in range(2))
+    own, upstream = (weight.to(dtype), bias.to(dtype)), torch.randn_like(x)
+
+    def grads(y: Tensor) -> Any:
+        return torch.autograd.grad(y, (x, weight, bias), upstream)
+
+    yield Case(
+        "group_norm_silu, forward + backward", 5 * x.element_size() * x.numel(),
+        lambda: grads(kernels.group_norm_silu(x, 32, weight, bias)),
+        lambda: grads(functional.silu(functional.group_norm(x, 32, *own))), ("eager", 3.0),
+    )  # fmt: skip
+
+
+def masks(device: str) -> Iterator[Case]:
+    n, peers = (100_000, 2) if device == "cpu" else (36_000_000, 32)
+    delta, residual = torch.randn(2, n, device=device) * 1e-3
+    quantiser = kernels.Quantiser.of(
+        ring=16, sizes=[n], clips=[2.0**-8], count=1, total_count=4, scale=32_000, device=device
+    )
+    keys = torch.randint(0, 256, (peers, 32), dtype=torch.uint8, device=device)
+    signs = torch.ones(peers, dtype=torch.int64, device=device)
+    yield Case(
+        f"mask_add, {n} x {peers} peers", 2 * n * (peers + 1),
+        lambda: kernels.mask_add(
+            delta, residual, quantiser, rounding_key=keys[0], keys=keys, signs=signs
+        ), None, ("ms", 5.0),
+    )  # fmt: skip
+
+
+GROUPS = (elementwise, optimiser, norms, masks)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a copy too large for the caches: the best of several."""
+    source = torch.empty(1 << 25 if device == "cpu" else 1 << 28, device=device)
+    target = torch.empty_like(source)
+    taken = side_by_side({"copy": lambda: target.copy_(source)}, rounds=7, wait=_wait(device))
+    return 8 * source.numel() / min(taken["copy"].samples)
+
+
+def _wait(device: str) -> Callable[[], object]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _on_cuda(job: Job) -> dict[str, float]:
+    """Launch overhead apart, and a call's time within a replayed graph of ten."""
+    for _ in range(3):
+        job()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        job()
+    launch = (time.perf_counter() - start) / 20
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            job()
+    replay = side_by_side({"replay": graph.replay}, rounds=9, wait=torch.cuda.synchronize)
+    return {"launch_us": round(1e6 * launch, 1), "graph_ms": round(100 * replay["replay"].p50, 4)}
+
+
+def _rows(
+    report: Report, case: Case, device: str, copy: float, rounds: int, compiled: bool
+) -> None:
+    jobs: dict[str, Job] = {"ours": case.ours}
+    if case.eager:
+        jobs["eager"] = case.eager
+        if compiled:
+            jobs["compile"] = torch.compile(case.eager)
+    taken = side_by_side(jobs, rounds=rounds, warmup=3, wait=_wait(device))
+    nothing = {"launch_us": None, "graph_ms": None}
+    for by, times in taken.items():
+        rate = case.moved / times.p50
+        extra = _on_cuda(case.ours) if device == "cuda" and by == "ours" else nothing
+        report.row(op=case.name, device=device, by=by, **times.milliseconds(),
+                   gb_s=round(rate / 1e9, 2), of_copy=round(rate / copy, 3), **extra)  # fmt: skip
+    if device == "cuda" and case.aim:
+        _target(report, case, taken, copy)
+
+
+def _target(report: Report, case: Case, taken: dict[str, Times], copy: float) -> None:
+    kind, aim = case.aim or ("", 0.0)
+    name = case.name.split(",")[0].split(" ")[0]
+    if kind == "of_copy":
+        share = round(case.moved / taken["ours"].p50 / copy, 3)
+        report.target(f"{name}_of_copy", share, "of copy bandwidth", at_least=aim)
+    elif kind == "ms":
+        report.target(f"{name}_ms", round(1e3 * taken["ours"].p50, 3), "ms", at_most=aim)
+    else:
+        for by, least in (("eager", aim), ("compile", 1.2)):
+            ratio = taken[by].p50 / taken["ours"].p50 if by in taken else None
+            report.target(f"{name}_vs_{by}", ratio, "x", at_least=least)
+
+
+def measure(report: Report, device: str, *, rounds: int, compiled: bool) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        for name in (
+            "q_sample",
+            "ddpm_loss",
+            "sampler_step",
+            "adamw_ema",
+            "group_norm_silu",
+            "mask_add",
+        ):
+            report.row(op=name, device=device, by="ours", p20_ms=None, p50_ms=None, p80_ms=None,
+                       gb_s=None, of_copy=None, launch_us=None, graph_ms=None)  # fmt: skip
+        return
+    copy = copy_bandwidth(device)
+    report.row(op="copy", device=device, by="torch", gb_s=round(copy / 1e9, 2), of_copy=1.0)
+    for group in GROUPS:
+        for case in group(device):
+            _rows(report, case, device, copy, rounds, compiled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time every fused operation")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", metavar="FILE")
+    given = parser.parse_args()
+    report = Report("fused operations")
+    for device in (given.device,) if given.device else ("cpu", "cuda"):
+        if device == "cpu":
+            torch.set_num_threads(1)
+        measure(report, device, rounds=given.rounds, compiled=not given.no_compile)
+    report.finish(given.json)
+
+
+if __name__ == "__main__":
+    main()
