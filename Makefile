@@ -19,7 +19,7 @@ PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --q
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
-.PHONY: help demo test test-slow check lint format types contracts stubs stubs-check clean FORCE
+.PHONY: help demo test test-slow coverage soak fuzz check lint format types contracts stubs stubs-check clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,11 +30,30 @@ help: ## this list
 demo: $(VENV)/.demo ## a whole federation on this machine, in about three minutes; ARGS="--silos 6"
 	@$(BIN)/concilium demo $(ARGS)
 
+# All of them are run once: those of secagg/ under coverage, which is to find every branch taken.
 test: $(VENV)/.test ## the tests; ARGS="-k secagg"
+ifeq ($(strip $(ARGS)),)
+	@$(MAKE) --no-print-directory coverage
+	@$(BIN)/python -m pytest --ignore=tests/secagg
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-slow: $(VENV)/.test ## the long proofs that `make test` leaves out
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage: $(VENV)/.test ## the secure sum's tests; every branch of secagg/ has to be taken
+	@$(BIN)/python -m pytest tests/secagg --cov=secagg --cov-branch --cov-config=/dev/null \
+		--cov-report=term-missing:skip-covered --cov-fail-under=100 $(ARGS)
+
+SCHEDULES ?= 100000
+soak: $(VENV)/.test ## 100,000 random schedules of the secure sum (about 3 hours); SCHEDULES=5000
+	@CONCILIUM_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest tests/secagg/test_schedules.py \
+		--timeout=0 --hypothesis-show-statistics $(ARGS)
+
+SECONDS_EACH ?= 60
+fuzz: $(VENV)/.fuzz ## coverage-guided fuzzing of every parser; ARGS=signed SECONDS_EACH=600
+	@$(BIN)/python -m tests.fuzz $(or $(ARGS),all) $(SECONDS_EACH)
 
 check: lint types contracts stubs-check ## every static check
 
@@ -105,6 +124,13 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> what the tests need"
 	@$(PIP) -c $(PINS) --group test
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "==> the fuzzer"
+	@$(PIP) -c $(PINS) --group fuzz || { \
+		echo "atheris cannot be installed for $$($(BIN)/python --version): it has wheels for CPython" >&2; \
+		echo "on Linux, up to a version. tests/fuzz/test_parsers.py needs none of it." >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
