@@ -1,0 +1,207 @@
+"""What the width of a word costs: bits × error × bytes × FID, on deltas of the demo model.
+
+    python -m benchmarks.encoding [--silos 10] [--rounds 4] [--steps 40] [--json FILE]
+
+The digits of the demonstration are split over the silos by class; each silo trains, round after
+round, as its agent would, and the round's deltas are encoded, summed over the ring, decoded and
+averaged, all in this process. The error is the relative L2 distance of a round's mean from float64
+FedAvg of the same deltas (no residual carried in, so that it is the error of one round). Every
+width then runs a study of its own, with residuals carried from round to round, and its FID is set
+beside that of a study averaged in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measure import Report
+from concilium.demo.datasets import digits
+from concilium.demo.partition import dirichlet
+from diffusion.execution import choose_execution
+from diffusion.features.network import load_feature_network
+from diffusion.frechet import fid, moments
+from diffusion.model import build_model, load_vector, parameter_layout, to_vector
+from diffusion.sampling import sample
+from diffusion.training import train
+from silo.jobs.training import first_model
+from study.encoding import Encoding, next_clips
+from study.integers import Ring, coarse_count
+from study.plan import Plan, load_plan
+
+Vector = NDArray[np.float32]
+RINGS: tuple[Ring, ...] = (8, 16, 32)
+CPU = choose_execution("cpu", 1)
+
+
+@dataclass
+class Study:
+    """Silos with their images, and local training as the plan says."""
+
+    plan: Plan
+    images: Sequence[NDArray[np.uint8]]
+    steps: int
+    counts: list[int] = field(init=False)
+    sizes: tuple[int, ...] = field(init=False)
+    start: Vector = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = [coarse_count(len(part)) for part in self.images]
+        model = first_model(self.plan)
+        layout = parameter_layout(model)
+        self.sizes = tuple(int(np.prod(shape, dtype=np.int64)) for _, shape, _ in layout)
+        self.start = to_vector(model)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        return np.array(self.counts) / sum(self.counts)
+
+    def deltas(self, vector: Vector, round: int) -> list[Vector]:
+        """What each silo's training makes of the global model."""
+        found = []
+        for silo, images in enumerate(self.images):
+            model = build_model(self.plan.model)
+            load_vector(model, vector)
+            train(
+                model,
+                images,
+                steps=self.steps,
+                schedule=self.plan.schedule,
+                objective=self.plan.objective,
+                optimizer=self.plan.optimizer_of(round),
+                seed=1000 * silo + round,
+                execution=CPU,
+                first_step=(round - 1) * self.steps,
+            )
+            found.append(to_vector(model) - vector)
+        return found
+
+    def mean(self, deltas: Sequence[Vector]) -> NDArray[np.float64]:
+        """Float64 FedAvg."""
+        pairs = zip(self.weights, deltas, strict=True)
+        total: NDArray[np.float64] = sum(w * delta.astype(np.float64) for w, delta in pairs)
+        return total
+
+    def fid(self, vector: Vector, samples: int) -> float:
+        """Of fresh samples, against the images of all silos."""
+        assert self.plan.evaluation is not None
+        network = load_feature_network(self.plan.evaluation.feature_network)
+        model = build_model(self.plan.model)
+        load_vector(model, vector)
+        drawn = sample(
+            model,
+            samples,
+            schedule=self.plan.schedule,
+            objective=self.plan.objective,
+            sampler=self.plan.sampler,
+            seed=self.plan.study.seed,
+            execution=CPU,
+        )
+        real = moments(network.extract(np.concatenate(self.images)))
+        return fid(real, moments(network.extract(drawn)))
+
+
+@dataclass
+class Summed:
+    """Sums over one ring, with the clips and residuals that each round leaves to the next."""
+
+    study: Study
+    ring: Ring
+    clips: tuple[float, ...]
+    residuals: list[Vector] = field(init=False)
+    errors: list[float] = field(default_factory=list)
+    saturated: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.residuals = [np.zeros_like(self.study.start) for _ in self.study.counts]
+
+    @property
+    def encoding(self) -> Encoding:
+        counts = self.study.counts
+        return Encoding(self.ring, len(counts), sum(counts), self.study.sizes, self.clips)
+
+    def add(self, deltas: Sequence[Vector], residuals: Sequence[Vector]) -> tuple[Vector, int]:
+        """(decoded mean, saturated elements); the residuals are replaced by the new ones."""
+        encoding, total = self.encoding, self.encoding.zeros()
+        for silo, (delta, residual) in enumerate(zip(deltas, residuals, strict=True)):
+            key = np.random.default_rng(silo).bytes(32)
+            count = self.study.counts[silo]
+            encoded = encoding.encode(delta, residual, count=count, loss=0.0, key=key)
+            total += encoded.vector
+            self.residuals[silo] = encoded.residual
+        decoded = encoding.decode(total)
+        return decoded.mean_delta, decoded.saturated
+
+    def one_round(self, deltas: Sequence[Vector]) -> None:
+        """Note the error of this round alone, and take its clips on to the next."""
+        exact = self.study.mean(deltas)
+        mean, saturated = self.add(deltas, [np.zeros_like(delta) for delta in deltas])
+        self.errors.append(float(np.linalg.norm(mean - exact) / np.linalg.norm(exact)))
+        self.saturated.append(saturated)
+        self.clips = next_clips(mean, self.encoding)
+
+    def whole_study(self, rounds: int) -> Vector:
+        """The model after all rounds, averaged through this ring."""
+        vector = self.study.start
+        for round in range(1, rounds + 1):
+            mean, _ = self.add(self.study.deltas(vector, round), self.residuals)
+            self.clips = next_clips(mean, self.encoding)
+            vector = vector + mean
+        return vector
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--silos", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40, help="of local training, a round")
+    parser.add_argument("--samples", type=int, default=300, help="that each FID is measured on")
+    parser.add_argument("--no-fid", action="store_true", help="errors only")
+    arguments = parser.parse_args()
+    plan = load_plan(files("concilium.demo").joinpath("digits.toml").read_text("utf-8"))
+    labelled = digits()
+    parts = dirichlet(labelled.labels, arguments.silos, alpha=0.3, seed=7)
+    study = Study(plan, [labelled.images[part] for part in parts], arguments.steps)
+    report = Report(
+        f"Encoding: {arguments.silos} silos, {study.start.size} parameters, {arguments.rounds} "
+        f"rounds of {arguments.steps} steps, FedAvg; FID of {arguments.samples} samples with the "
+        "digits network"
+    )
+    first = (plan.first_clip,) * len(study.sizes)
+    sums = {ring: Summed(study, ring, first) for ring in RINGS}
+    vector = study.start
+    for round in range(1, arguments.rounds + 1):
+        deltas = study.deltas(vector, round)
+        for summed in sums.values():
+            summed.one_round(deltas)
+        vector = (vector + study.mean(deltas)).astype(np.float32)
+    score = None if arguments.no_fid else study.fid(vector, arguments.samples)
+    report.row(bits="float64", fid=score)
+    for ring, summed in sums.items():
+        whole = Summed(study, ring, first)
+        if not arguments.no_fid:
+            score = study.fid(whole.whole_study(arguments.rounds), arguments.samples)
+        report.row(
+            bits=ring,
+            bytes_per_param=whole.encoding.zeros().nbytes / study.start.size,
+            error_round_1=summed.errors[0],
+            error_median=float(np.median(summed.errors[1:])),
+            error_worst=max(summed.errors[1:]),
+            saturated=sum(summed.saturated[1:]),
+            fid=score,
+        )
+    # Round 1 has the plan's constant for a clip; from then on there is an aggregate to learn from.
+    for ring, most in ((16, 5e-4), (32, 1e-7)):
+        report.target(f"encoding_error_{ring}", max(sums[ring].errors[1:]), "", at_most=most)
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
