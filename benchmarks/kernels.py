@@ -157,7 +157,7 @@ def _wait(device: str) -> Callable[[], object]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def _on_cuda(job: Job) -> dict[str, float]:
+def _on_cuda(job: Job) -> dict[str, float | None]:
     """Launch overhead apart, and a call's time within a replayed graph of ten."""
     for _ in range(3):
         job()
@@ -167,12 +167,16 @@ def _on_cuda(job: Job) -> dict[str, float]:
         job()
     launch = (time.perf_counter() - start) / 20
     torch.cuda.synchronize()
+    found: dict[str, float | None] = {"launch_us": round(1e6 * launch, 1), "graph_ms": None}
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            job()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                job()
+    except RuntimeError:  # something in this job cannot be captured
+        return found
     replay = side_by_side({"replay": graph.replay}, rounds=9, wait=torch.cuda.synchronize)
-    return {"launch_us": round(1e6 * launch, 1), "graph_ms": round(100 * replay["replay"].p50, 4)}
+    return found | {"graph_ms": round(100 * replay["replay"].p50, 4)}
 
 
 def _rows(
@@ -184,7 +188,7 @@ def _rows(
         if compiled:
             jobs["compile"] = torch.compile(case.eager)
     taken = side_by_side(jobs, rounds=rounds, warmup=3, wait=_wait(device))
-    nothing = {"launch_us": None, "graph_ms": None}
+    nothing: dict[str, float | None] = {"launch_us": None, "graph_ms": None}
     for by, times in taken.items():
         rate = case.moved / times.p50
         extra = _on_cuda(case.ours) if device == "cuda" and by == "ours" else nothing

@@ -12,6 +12,7 @@ is {machine, title, rows, targets}, targets a list of {name, value, unit, target
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -133,7 +134,8 @@ class Report:
         result = self.as_dict()
         print(f"\n{self.title}")
         print("  " + ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None))
-        print_table(self.rows)
+        for _, rows in itertools.groupby(self.rows, key=lambda row: next(iter(row), "")):
+            print_table(list(rows))
         for t in self.targets:
             verdict = {True: "met", False: "MISSED", None: NOT_MEASURED}[t.met]
             value = NOT_MEASURED if t.value is None else f"{t.value:.4g} {t.unit}"
