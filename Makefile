@@ -19,7 +19,7 @@ PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --q
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
-.PHONY: help demo test test-slow coverage soak fuzz check lint format types contracts stubs stubs-check clean FORCE
+.PHONY: help demo test test-slow coverage soak fuzz bench-step bench-kernels gpu-session check lint format types contracts stubs stubs-check clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,15 @@ soak: $(VENV)/.test ## 100,000 random schedules of the secure sum (about 3 hours
 SECONDS_EACH ?= 60
 fuzz: $(VENV)/.fuzz ## coverage-guided fuzzing of every parser; ARGS=signed SECONDS_EACH=600
 	@$(BIN)/python -m tests.fuzz $(or $(ARGS),all) $(SECONDS_EACH)
+
+bench-step: $(VENV)/.test ## a training step against diffusers' and lucidrains'; ARGS="--device cuda"
+	@$(BIN)/python -m benchmarks.train_step $(ARGS)
+
+bench-kernels: $(VENV)/.test ## every fused operation against torch
+	@$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+gpu-session: $(VENV)/.test ## all that only a GPU can prove or time, into benchmarks/results/
+	@$(BIN)/python -m benchmarks.gpu_session $(ARGS)
 
 check: lint types contracts stubs-check ## every static check
 
