@@ -17,13 +17,19 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 
+pytestmark = pytest.mark.timeout(900)  # a minute of compiling on a quiet core, the first time
+
+
 @pytest.fixture(scope="module")
-def survey(tmp_path_factory):
+def survey(request, tmp_path_factory):
+    """Compiled code is kept in pytest's cache, where it is found by the kernel's source."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    kept = getattr(request.config, "cache", None)
+    folder = kept.mkdir("aot") if kept else tmp_path_factory.mktemp("triton")
+    environment["TRITON_CACHE_DIR"] = str(folder)
     done = subprocess.run(
         [sys.executable, str(HERE / "aot.py")],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, capture_output=True, text=True, timeout=840, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
