@@ -23,11 +23,13 @@ class Purpose:
     """What the sums of one purpose are bound to, and so when one is the same sum again.
 
     `static`: summed once per roster epoch (round = epoch); a second sum over another set would
-    give one silo by subtraction. `model`: made from an input model, and from each one once.
-    `reserved_by`: made by exactly the silos of an earlier sum, of this purpose and the same round.
+    give one silo by subtraction. `once`: and not again in a later epoch either.
+    `model`: made from an input model, and from each one once. `reserved_by`: made by exactly the
+    silos of an earlier sum, of this purpose and the same round.
     """
 
     static: bool = False
+    once: bool = False
     model: bool = False
     reserved_by: str = ""
 
@@ -35,7 +37,7 @@ class Purpose:
 # Closed: under a name of its own the coordinator could ask for the same thing a second time.
 PURPOSES = {
     "census": Purpose(static=True),
-    "moments": Purpose(static=True),
+    "moments": Purpose(static=True, once=True),
     "tags": Purpose(),
     "images": Purpose(reserved_by="tags"),
     "round": Purpose(model=True),
@@ -330,6 +332,9 @@ def _check_against(done: SessionContext, asked: SessionContext) -> None:
         raise Refused(Reason.QUANTITY_CLOSED, f"{asked.quantity} in session {done.session}")
     if done.quantity.purpose != asked.quantity.purpose:
         return
+    if PURPOSES[asked.quantity.purpose].once:
+        # Unlike a count, which is coarse, they would show all of a site that joined or left.
+        raise Refused(Reason.QUANTITY_CLOSED, f"{asked.quantity.purpose}: once in a study")
     if asked.quantity.round <= done.quantity.round:
         raise Refused(Reason.ROUND_NOT_NEW, f"{asked.quantity} after {done.quantity}")
     # The same input model under a new round number would be the same deltas once more.

@@ -155,6 +155,23 @@ def test_a_certificate_of_a_session_that_we_never_opened_changes_nothing() -> No
     assert world.silos[4].state is before
 
 
+@pytest.mark.parametrize(("purpose", "again"), [("census", True), ("moments", False)])
+def test_after_a_join_counts_are_summed_again_and_moments_are_not(
+    purpose: str, again: bool
+) -> None:
+    world = make_world(4, quantity=Quantity(purpose, 1), ring=32)
+    world.pump()
+    world.settle()
+    site = world.silos[1]
+    site.party = replace(site.party, roster=replace(world.roster, epoch=2))
+    site.restart()
+    context = make_context(site.party.roster, session=2, quantity=Quantity(purpose, 2))
+    if again:
+        assert site.deliver(Open(context))
+    else:
+        assert refused(world, 1, Open(context)) is Reason.QUANTITY_CLOSED
+
+
 # --- how a session ends
 
 
