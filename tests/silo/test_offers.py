@@ -64,7 +64,7 @@ async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
     try:
         await until(lambda: state(homes["north"]) == state(homes["east"]) == "waits for approval")
         await until(lambda: answers(centre)["south"] == "declined")
-        assert "largest_rounds: 3 rounds, at most 2" in state(homes["south"])
+        await until(lambda: "largest_rounds: 3 rounds, at most 2" in state(homes["south"]))
         text = admin.roster(homes["north"])
         assert "waits for approval" in text
         assert admin.approve(homes["north"], study).roster.fingerprint in text
