@@ -40,6 +40,11 @@ def make_stream(batch: int, *, seed: int = 1, step: int = 7) -> Stream:
     return Stream(torch.tensor(kernels.derive_key(seed, "tests")), ids, torch.tensor(step))
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def stream():
     return make_stream
