@@ -182,6 +182,11 @@ class Client:
             try:
                 answer = await attempt()
             except grpc.aio.AioRpcError as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # gRPC can put an error of its own in the place of our cancellation; retried,
+                    # it would keep an agent alive that was asked to end.
+                    raise asyncio.CancelledError from error
                 if error.code() in _FINAL:
                     self._on_contact(None)
                     raise RefusedByCoordinator(_describe(error)) from error
