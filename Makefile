@@ -47,7 +47,7 @@ coverage: $(VENV)/.test ## the secure sum's tests; every branch of secagg/ has t
 		--cov-report=term-missing:skip-covered --cov-fail-under=100 $(ARGS)
 
 SCHEDULES ?= 100000
-soak: $(VENV)/.test ## 100,000 random schedules of the secure sum (about 3 hours); SCHEDULES=5000
+soak: $(VENV)/.test ## 100,000 random schedules of the secure sum (about 4 hours); SCHEDULES=5000
 	@CONCILIUM_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest tests/secagg/test_schedules.py \
 		--timeout=0 --hypothesis-show-statistics $(ARGS)
 
