@@ -4,7 +4,7 @@
 
 Each benchmarks/results/NAME.json becomes a section: what it measured, on which machine, which
 targets it met, and its rows. benchmarks/notes.toml says, by the name of a target, what bounds a
-figure that stays short; the note is printed next to it. `--check` writes nothing and fails where
+figure that stays short, and under [runs], by NAME, how a run was made. `--check` writes nothing and fails where
 the page is not what the results say.
 """
 
@@ -39,11 +39,13 @@ def page() -> str:
     return "\n".join([HEAD, *(_section(path, notes) for path in found)])
 
 
-def _section(path: Path, notes: dict[str, str]) -> str:
+def _section(path: Path, notes: dict[str, Any]) -> str:
     result = json.loads(path.read_text("utf-8"))
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)
     title = f"## {result['title']}"
     lines = [title, "", f"`python -m benchmarks.{path.stem}`", "", f"Machine: {machine}.", ""]
+    if path.stem in notes["runs"]:
+        lines += [notes["runs"][path.stem].strip(), ""]
     if result["targets"]:
         lines += _table([_target(t) for t in result["targets"]])
     for target in result["targets"]:
