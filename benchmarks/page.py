@@ -4,8 +4,8 @@
 
 Each benchmarks/results/NAME.json becomes a section: what it measured, on which machine, which
 targets it met, and its rows. benchmarks/notes.toml says, by the name of a target, what bounds a
-figure that stays short, and under [runs], by NAME, how a run was made. `--check` writes nothing and fails where
-the page is not what the results say.
+figure that stays short, and under [runs], by NAME, how a run was made. `--check` writes nothing
+and fails where the page is not what the results say.
 """
 
 from __future__ import annotations
