@@ -14,7 +14,6 @@ integers are big-endian.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 import struct
 import zlib
@@ -94,7 +93,7 @@ def _unpack(token: str) -> bytes:
         packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         inflate = zlib.decompressobj()
         content = inflate.decompress(packed, _MAX_CONTENT)
-    except (binascii.Error, zlib.error) as error:
+    except (ValueError, zlib.error) as error:  # binascii.Error, and characters beyond ASCII
         raise _damaged("characters are missing or changed") from error
     # zlib's checksum is at the end of the stream: a shortened token never reaches it.
     if not inflate.eof or inflate.unused_data:

@@ -96,4 +96,5 @@ def _train(
 def _encode(order: TrainRound, work: RoundWork, plan: Plan, delta: Vector, loss: float) -> Encoded:
     encoding = delta_encoding(work, order.silos, plan.secure_sum.ring)
     residual = np.load(order.residual) if order.residual.exists() else np.zeros_like(delta)
-    return encoding.encode(delta, residual, count=order.count, loss=loss, key=os.urandom(32))
+    key = os.urandom(32)
+    return encoding.encode(delta, residual, count=order.count, loss=loss, key=key, consume=True)

@@ -84,6 +84,8 @@ async def test_an_invitation_that_was_replaced_forged_or_has_expired_is_refused(
         code, _ = await refused(join(expired.encode(), fresh_request()))
         assert code == grpc.StatusCode.UNAVAILABLE
 
+        with pytest.raises(InvitationError):
+            Invitation.decode("concilium-ü" + replaced[11:])
         with pytest.raises(InvitationError, match="copy the whole line"):
             Invitation.decode(replaced[:-7])
 

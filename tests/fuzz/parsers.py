@@ -48,7 +48,7 @@ def _canonical(decode: Callable[[bytes], Any], encode: Callable[[Any], bytes]) -
 
 def _invitation(data: bytes) -> None:
     try:
-        token = data.decode("ascii")
+        token = data.decode("utf-8")
         found = Invitation.decode(token)
     except (InvitationError, UnicodeDecodeError):
         return
