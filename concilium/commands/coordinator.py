@@ -171,7 +171,8 @@ def described(now: admin.Status) -> str:
         if study.error:
             lines.append(f"  ! {study.error}")
         for silo in study.silos:
-            doing = f"{silo.activity} {silo.step}/{silo.steps}" if silo.activity else ""
+            busy = silo.activity and study.state == "running"
+            doing = f"{silo.activity} {silo.step}/{silo.steps}" if busy else ""
             seen = _contact(silo.last_contact)
             lines.append(f"    {silo.name:20} {silo.answer:9} last contact {seen:12} {doing}")
     return "\n".join(lines)

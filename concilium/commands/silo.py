@@ -194,7 +194,7 @@ def _described(now: dict[str, Any]) -> str:
     if now["trouble"]:
         lines.append(f"trouble      {now['trouble']}")
     for name, study in now["studies"].items():
-        details = ", ".join(f"{key} {value}" for key, value in study.items() if value is not None)
+        details = ", ".join(f"{key} {value}" for key, value in study.items() if value)
         lines.append(f"study        {name}: {details}")
     return "\n".join(lines)
 
