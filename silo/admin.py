@@ -37,7 +37,7 @@ name = {name}
 
 [data]
 path = {data}                         # a file or folder; never leaves this machine
-format = {format}                     # images (PNG, JPEG), npz, idx or auto
+format = {format}                     # images (PNG, JPEG), npz, idx, cifar or auto
 
 [policy]                              # no plan can override these; what asks for more is declined
 smallest_silos = 3                    # fewest institutions in a study

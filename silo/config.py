@@ -15,7 +15,7 @@ from silo.home import SiloHome
 from study.problems import explain
 
 Purpose = Literal["census", "moments", "tags", "images", "round"]
-Format = Literal["auto", "images", "npz", "idx"]
+Format = Literal["auto", "images", "npz", "idx", "cifar"]
 SITE_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
@@ -33,7 +33,8 @@ class Data(Spec):
     """A file or folder; relative paths start at this file's folder."""
 
     format: Format = "auto"
-    """images (folder of PNG and JPEG), npz (MedMNIST's layout), idx (MNIST's), auto."""
+    """images (folder of PNG and JPEG), npz (MedMNIST's layout), idx (MNIST's), cifar (its binary
+    layout), auto (told by the names of files)."""
 
 
 class Policy(Spec):

@@ -7,7 +7,7 @@ HOME/
   enrolment.json            the coordinator's address and the site's name there
   keys/                     identity.pem (Ed25519), tls.pem (P-256), ledger.key; never leave
   certificates/             authority.pem, site.pem, request.der
-  cache/<digest>/           images.npy (uint8), report.json, contact-sheet.png
+  cache/<digest>/           images.npy (uint8), labels.npy, report.json, contact-sheet.png
   studies/<study>/
     offer.toml, offer.roster        as last offered
     decision.json                   what a person (or the policy) decided about that offer

@@ -57,7 +57,7 @@ def command() -> None:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["auto", "images", "npz", "idx"]),
+    type=click.Choice(["auto", "images", "npz", "idx", "cifar"]),
     default="auto",
     show_default=True,
     help="What the data is.",

@@ -1,21 +1,34 @@
-"""The uint8 cache: every image read once, resized once, and from then on mapped into memory."""
+"""The uint8 cache: every image read once, resized once, and from then on mapped into memory.
+
+images.npy    uint8 (n, c, h, w)
+labels.npy    int64 (n,), numbers of classes from 0; only where every image has one
+report.json   version of this layout, counts, shapes, names of the classes, what was skipped
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from silo.data.dataset import Dataset
+from silo.data.dataset import Dataset, Sample
 from silo.data.items import Skipped
 from silo.errors import DataError
-from silo.files import make_folder, move, read_json, sync_folder, write_json
+from silo.files import make_folder, move, read_json, sync_folder, write_file, write_json
+
+VERSION = 2
+"""Of the layout; a cache of another one is made anew from the images."""
+
+_MOST_CLASSES = 65_536
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Cached:
     shapes: dict[str, int]
     """Shapes in the source, with how many images have each."""
     skipped: tuple[Skipped, ...]
+    classes: tuple[str, ...]
+    """Names of the classes by their numbers; empty where the images have no labels."""
 
     @property
     def file(self) -> Path:
@@ -41,6 +56,19 @@ class Cached:
         mapped: NDArray[np.uint8] = np.load(self.file, mmap_mode="r")
         return mapped
 
+    def labels(self) -> Labels | None:
+        """int64 (n,); None where not every image has a label."""
+        return cached_labels(self.folder)
+
+
+def cached_labels(folder: Path) -> Labels | None:
+    """The labels of the images cached in `folder`: int64 (n,), None where there are none."""
+    file = folder / "labels.npy"
+    if not file.exists():
+        return None
+    labels: Labels = np.load(file, allow_pickle=False)
+    return labels
+
 
 def cache_dataset(dataset: Dataset, caches: Path) -> Cached:
     """Read all of `dataset` into a folder below `caches`, unless that was done before.
@@ -53,29 +81,74 @@ def cache_dataset(dataset: Dataset, caches: Path) -> Cached:
         return known
     make_folder(folder)
     partial = folder / "images.partial"
+    labels = _Labels()
     with open(partial, "wb") as file:
-        count = _write_npy(file, dataset, dataset.shape)
+        count = _write_npy(file, labels.of(dataset), dataset.shape)
         os.fsync(file.fileno())
+    classes = _write_labels(folder, labels, dataset)
     move(partial, folder / "images.npy")
     report = {
+        "version": VERSION,
         "source": str(dataset.path),
         "format": dataset.format,
         "count": count,
         "shapes": dict(dataset.shapes),
+        "classes": classes,
         "skipped": [[s.name, s.reason] for s in dataset.skipped],
     }
     write_json(folder / "report.json", report)
     sync_folder(caches)
-    return Cached(folder, count, dict(dataset.shapes), tuple(dataset.skipped))
+    return Cached(folder, count, dict(dataset.shapes), tuple(dataset.skipped), classes)
 
 
 def open_cache(folder: Path) -> Cached | None:
     """What was cached in `folder`, None where nothing (or nothing whole) is."""
     report = read_json(folder / "report.json")
-    if report is None:
+    if report is None or report.get("version") != VERSION:
         return None
     skipped = tuple(Skipped(name, reason) for name, reason in report["skipped"])
-    return Cached(folder, report["count"], report["shapes"], skipped)
+    classes = tuple(report["classes"])
+    return Cached(folder, report["count"], report["shapes"], skipped, classes)
+
+
+class _Labels:
+    """The labels of the samples that pass by."""
+
+    def __init__(self) -> None:
+        self.values = array("q")
+        self.missing = False
+
+    def of(self, samples: Iterable[Sample]) -> Iterator[NDArray[np.uint8]]:
+        for pixels, label in samples:
+            if label is None:
+                self.missing = True
+            else:
+                self.values.append(label)
+            yield pixels
+
+
+def _write_labels(folder: Path, labels: _Labels, dataset: Dataset) -> tuple[str, ...]:
+    """Leaves labels.npy where every image has a label; the names of the classes."""
+    file = folder / "labels.npy"
+    file.unlink(missing_ok=True)
+    if labels.missing:
+        return ()
+    values = np.array(labels.values, dtype=np.int64)
+    most = min(int(values.max()) + 1, _MOST_CLASSES)
+    classes = dataset.classes() or tuple(str(k) for k in range(most))
+    if values.min() < 0 or values.max() >= len(classes):
+        raise DataError(
+            f"{dataset.path} has labels from {values.min()} to {values.max()}: number the classes "
+            f"from 0 to at most {len(classes) - 1}"
+        )
+    write_file(file, _npy(values))
+    return classes
+
+
+def _npy(values: Labels) -> bytes:
+    content = BytesIO()
+    np.save(content, values)
+    return content.getvalue()
 
 
 def _write_npy(file: BinaryIO, images: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]) -> int:

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from silo.data import folder, idx, npz
+from silo.data import cifar, folder, idx, npz
 from silo.data.items import Item, Skipped
 from silo.data.pixels import Pixels
 from silo.errors import DataError
 
-_READERS: dict[str, Callable[[Path], Iterator[Item | Skipped]]] = {
-    "images": folder.items,
-    "npz": npz.items,
-    "idx": idx.items,
-}
+
+class Reader(Protocol):
+    """What the module of each format offers."""
+
+    def files(self, path: Path) -> list[Path]:
+        """What is read when the data set is `path`: a change in any of them is a change of it."""
+
+    def items(self, path: Path) -> Iterator[Item | Skipped]:
+        """Every image in a fixed order. Raises DataError."""
+
+    def classes(self, path: Path) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty where they have only those."""
+
+
+_READERS: dict[str, Reader] = {"images": folder, "npz": npz, "idx": idx, "cifar": cifar}
+
+
+class Sample(NamedTuple):
+    """One image and its class."""
+
+    pixels: Pixels
+    """uint8 (channels, image_size, image_size)."""
+    label: int | None
 
 
 @dataclass
 class Dataset:
-    """Images at `path`, as uint8 (channels, image_size, image_size).
+    """Images at `path`, as uint8 (channels, image_size, image_size), with labels where it has any.
 
     `count`, `skipped` and `shapes` say what was met by the last complete iteration.
     """
@@ -40,35 +59,34 @@ class Dataset:
         """(c, h, w)."""
         return self.channels, self.image_size, self.image_size
 
-    def __iter__(self) -> Iterator[Pixels]:
+    def __iter__(self) -> Iterator[Sample]:
         """Every image. Raises DataError where the source cannot be read, or holds no image."""
         self.count, self.skipped, self.shapes = 0, [], Counter()
         try:
-            for item in _READERS[self.format](self.path):
+            for item in _READERS[self.format].items(self.path):
                 if isinstance(item, Skipped):
                     self.skipped.append(item)
                     continue
                 pixels = item.fit(self.image_size, self.channels)
                 self.count += 1
                 self.shapes[item.shape] += 1
-                yield pixels
+                yield Sample(pixels, item.label)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
         if not self.count:
             raise self._empty()
 
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that labels count, empty where the source has numbers only."""
+        return _READERS[self.format].classes(self.path)
+
     def fingerprint(self) -> str:
         """A digest that changes when a file is added, removed or written, without reading any."""
         state = hashlib.sha256(f"{self.format} {self.shape}".encode())
-        for file in self._files():
+        for file in _READERS[self.format].files(self.path):
             stat = file.stat()
             state.update(f"\n{file} {stat.st_size} {stat.st_mtime_ns}".encode())
         return state.hexdigest()
-
-    def _files(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        return folder.files(self.path)
 
     def _empty(self) -> DataError:
         what = f"{self.path} holds no image that can be read as {self.format}"
@@ -82,7 +100,8 @@ class Dataset:
 
 
 def open_dataset(path: Path, format: str, image_size: int, channels: int) -> Dataset:
-    """The data set at `path`; `format` is images, npz, idx or auto (told by the names of files).
+    """The data set at `path`; `format` is images, npz, idx, cifar or auto (told by the names of
+    files).
 
     Raises DataError for a path that is not there or cannot be entered, or that no reader is for.
     """
@@ -102,10 +121,12 @@ def open_dataset(path: Path, format: str, image_size: int, channels: int) -> Dat
 
 def _guess(path: Path) -> str:
     if path.is_file():
-        return "npz" if path.suffix == ".npz" else "idx"
+        return {".npz": "npz", ".bin": "cifar"}.get(path.suffix, "idx")
     names = [p.name for p in path.iterdir()]
     if any("idx3-ubyte" in name for name in names):
         return "idx"
+    if cifar.files(path):
+        return "cifar"
     return "npz" if any(name.endswith(".npz") for name in names) else "images"
 
 

@@ -1,8 +1,10 @@
 """IDX, the layout of MNIST: `*-images-idx3-ubyte`, plain or gzipped, one file or a folder of them.
 
-    file = 00 00 08 03 || u32 n || u32 h || u32 w || n·h·w bytes          (big-endian)
+    images = 00 00 08 03 || u32 n || u32 h || u32 w || n·h·w bytes          (big-endian)
+    labels = 00 00 08 01 || u32 n || n bytes
 
-From a folder with files that begin with `train-` only those are taken.
+From a folder with files that begin with `train-` only those are taken. Labels are in the file
+beside the images whose name has `labels-idx1` for `images-idx3`; it may be missing.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import gzip
 import struct
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,37 +22,78 @@ import numpy as np
 from silo.data.items import Item, Skipped
 from silo.errors import DataError
 
-_HEADER = struct.Struct(">4sIII")
-_MAGIC = b"\x00\x00\x08\x03"
+_IMAGES, _LABELS = struct.Struct(">4sIII"), struct.Struct(">4sI")
 
 
 def files(path: Path) -> list[Path]:
-    """The image files of a folder, or the file itself."""
+    """The files of images and those of their labels."""
+    images = _image_files(path)
+    return [*images, *(labels for file in images if (labels := _labels_of(file)))]
+
+
+def classes(path: Path) -> tuple[str, ...]:
+    """The layout has numbers only."""
+    return ()
+
+
+def items(path: Path) -> Iterator[Item | Skipped]:
+    """Every image. Raises DataError for a file that is damaged or of another kind."""
+    for file in _image_files(path):
+        try:
+            with _open(file) as stream:
+                yield from _images(file, stream)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _images(file: Path, stream: BufferedIOBase) -> Iterator[Item]:
+    header = stream.read(_IMAGES.size)
+    if len(header) < _IMAGES.size:
+        raise DataError(f"{file} has {len(header)} bytes: not an IDX file")
+    magic, n, h, w = _IMAGES.unpack(header)
+    if magic != b"\x00\x00\x08\x03":
+        raise DataError(f"{file} is not an IDX file of unsigned bytes in three dimensions")
+    if not h * w:
+        raise DataError(f"{file} says that its images have {h}×{w} pixels")
+    labels = _read_labels(file, n)
+    for number, label in zip(range(n), labels, strict=False):
+        content = stream.read(h * w)
+        if len(content) != h * w:
+            raise _wrong_length(file, n, h, w)
+        pixels = np.frombuffer(content, np.uint8).reshape(h, w)
+        yield Item(f"{file.name}[{number}]", pixels, label)
+    if stream.read(1):
+        raise _wrong_length(file, n, h, w)
+
+
+def _read_labels(images: Path, n: int) -> Iterator[int | None]:
+    file = _labels_of(images)
+    if file is None:
+        return repeat(None)
+    with _open(file) as stream:
+        content = stream.read(_LABELS.size + n + 1)
+    if len(content) != _LABELS.size + n or _LABELS.unpack_from(content) != (b"\0\0\x08\x01", n):
+        raise DataError(f"{file} is not an IDX file with the labels of {n} images: copy it anew")
+    return iter(content[_LABELS.size :])
+
+
+def _image_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = sorted(p for p in path.glob("*images*idx3-ubyte*") if p.is_file())
     return [p for p in found if p.name.startswith("train-")] or found
 
 
-def items(path: Path) -> Iterator[Item | Skipped]:
-    """Every image. Raises DataError for a file that is damaged or of another kind."""
-    for file in files(path):
-        content = _content(file)
-        if len(content) < _HEADER.size:
-            raise DataError(f"{file} has {len(content)} bytes: not an IDX file")
-        magic, n, h, w = _HEADER.unpack_from(content)
-        if magic != _MAGIC:
-            raise DataError(f"{file} is not an IDX file of unsigned bytes in three dimensions")
-        if len(content) != _HEADER.size + n * h * w:
-            raise DataError(f"{file} says {n} images of {h}×{w} but has another length: copy anew")
-        pixels = np.frombuffer(content, np.uint8, offset=_HEADER.size).reshape(n, h, w)
-        for number, image in enumerate(pixels):
-            yield Item(f"{file.name}[{number}]", image)
+def _labels_of(images: Path) -> Path | None:
+    """The file of labels, gzipped or not, whichever the images are."""
+    name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    found = (images.with_name(name), images.with_name(name + ".gz"))
+    return next((file for file in found if file != images and file.is_file()), None)
 
 
-def _content(file: Path) -> bytes:
-    try:
-        content = file.read_bytes()
-        return gzip.decompress(content) if file.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+def _wrong_length(file: Path, n: int, h: int, w: int) -> DataError:
+    return DataError(f"{file} says {n} images of {h}×{w} but has another length: copy it anew")
+
+
+def _open(file: Path) -> BufferedIOBase:
+    return gzip.GzipFile(file) if file.suffix == ".gz" else open(file, "rb")

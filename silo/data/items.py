@@ -25,6 +25,8 @@ class Item:
 
     name: str
     image: NDArray[np.uint8] | Image.Image
+    label: int | None = None
+    """Number of its class, from 0; None where the source does not say."""
 
     @property
     def shape(self) -> str:

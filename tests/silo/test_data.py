@@ -22,7 +22,7 @@ def pixels(n: int, *shape: int) -> np.ndarray:
 
 
 def read(path: Path, size: int = 8, channels: int = 1, format: str = "auto") -> np.ndarray:
-    return np.stack(list(open_dataset(path, format, size, channels)))
+    return np.stack([pixels for pixels, _ in open_dataset(path, format, size, channels)])
 
 
 def test_medmnist_npz_gives_its_training_images(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ def test_image_folder_is_read_in_order_and_says_what_it_skipped(tmp_path: Path) 
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     dataset = open_dataset(tmp_path, "images", 8, 1)
-    assert np.array_equal(np.stack(list(dataset))[:, 0], np.stack([first, second]))
+    found = np.stack([pixels for pixels, _ in dataset])
+    assert np.array_equal(found[:, 0], np.stack([first, second]))
     skipped = {s.name: s.reason for s in dataset.skipped}
     assert skipped.keys() == {"notes.txt", "broken.jpg", "cut.png"}
     assert skipped["notes.txt"] == "neither PNG nor JPEG"
