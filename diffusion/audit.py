@@ -67,15 +67,7 @@ def audit(
             f"samples are {samples.shape[1:]} and training images {training.shape[1:]} (c, h, w): "
             "resize one to the other"
         )
-    if not 0.0 < quantile < 1.0:
-        raise ValueError(f"quantile = {quantile} must lie between 0 and 1, for example 0.05")
-    flat = _flat(training)
-    stride = max(1, -(-len(flat) // compare_at_most))
-    compared = flat[::stride]
-    own, duplicates = _leave_one_out(compared, flat)
-    if not np.isfinite(own).any():
-        raise ValueError("the audit needs at least two different training images")
-    own = own[np.isfinite(own)]
+    own, duplicates, compared = _own_distances(training, quantile, compare_at_most)
     threshold = float(np.quantile(own, quantile))
     nearest = nearest_distances(samples, training)
     keep = nearest >= threshold
@@ -86,27 +78,61 @@ def audit(
         quantile=quantile,
         training_images=len(training),
         training_duplicates=duplicates,
-        compared=len(compared),
+        compared=compared,
         sample_quantiles=_quantiles(nearest),
         training_quantiles=_quantiles(own),
     )
     return keep, report
 
 
+def copy_share(samples: Images, training: Images, *, quantile: float = 0.05) -> float:
+    """Share of the samples that the audit would drop: nearer to a training image than the
+    `quantile` of the training images' own nearest-neighbour distances. About `quantile` for a
+    perfect sampler, 1 for one that copies. Raises ValueError as `audit` does."""
+    keep, _ = audit(samples, training, quantile=quantile)
+    return 1.0 - float(keep.mean())
+
+
+def _own_distances(
+    training: Images, quantile: float, compare_at_most: int
+) -> tuple[Distances, int, int]:
+    """Leave-one-out distances, duplicates among those compared, and how many were compared."""
+    if not 0.0 < quantile < 1.0:
+        raise ValueError(f"quantile = {quantile} must lie between 0 and 1, for example 0.05")
+    flat = _flat(training)
+    compared = flat[:: max(1, -(-len(flat) // compare_at_most))]
+    own, duplicates = _leave_one_out(compared, flat)
+    if not np.isfinite(own).any():
+        raise ValueError("the audit needs at least two different training images")
+    return own[np.isfinite(own)], duplicates, len(compared)
+
+
 def nearest_distances(images: Images, training: Images) -> Distances:
     """d(image, nearest training image) for each of `images`: float64 (n,)."""
+    distances, _ = nearest_images(images, training)
+    return distances
+
+
+def nearest_images(images: Images, training: Images) -> tuple[Distances, NDArray[np.int64]]:
+    """For each of `images` the distance to the nearest training image, float64 (n,), and which one
+    that is, int64 (n,)."""
     flat = _flat(training)
     nearest = np.full(len(images), np.inf)
-    for rows, squared in _blocks(_flat(images), flat):
-        np.minimum(nearest[rows], squared.min(axis=1), out=nearest[rows])
-    return _to_distance(nearest, flat.shape[1])
+    which = np.zeros(len(images), dtype=np.int64)
+    for rows, columns, squared in _blocks(_flat(images), flat):
+        here = squared.argmin(axis=1)
+        found = squared[np.arange(len(squared)), here]
+        better = found < nearest[rows]
+        nearest[rows] = np.where(better, found, nearest[rows])
+        which[rows] = np.where(better, columns.start + here, which[rows])
+    return _to_distance(nearest, flat.shape[1]), which
 
 
 def _leave_one_out(queries: Images, training: Images) -> tuple[Distances, int]:
     """Distance to the nearest different training image, and how many queries have a duplicate."""
     nearest = np.full(len(queries), np.inf)
     identical = np.zeros(len(queries), dtype=np.int64)
-    for rows, squared in _blocks(queries, training):
+    for rows, _, squared in _blocks(queries, training):
         zero = squared == 0.0
         identical[rows] += zero.sum(axis=1)
         squared[zero] = np.inf
@@ -114,8 +140,8 @@ def _leave_one_out(queries: Images, training: Images) -> tuple[Distances, int]:
     return _to_distance(nearest, training.shape[1]), int((identical > 1).sum())
 
 
-def _blocks(a: Images, b: Images) -> Iterator[tuple[slice, Distances]]:
-    """(rows of a, squared distances of those rows to some rows of b), until every pair was seen.
+def _blocks(a: Images, b: Images) -> Iterator[tuple[slice, slice, Distances]]:
+    """(rows of a, rows of b, their squared distances), until every pair was seen.
 
     Sums of products of bytes are exact in float64, so identical images are at distance exactly
     zero.
@@ -126,7 +152,7 @@ def _blocks(a: Images, b: Images) -> Iterator[tuple[slice, Distances]]:
         for j in range(0, len(b), _COLUMNS):
             y = b[j : j + _COLUMNS].astype(np.float64)
             yy = np.einsum("ij,ij->i", y, y)[None]
-            yield slice(i, i + _BLOCK), xx + yy - 2.0 * (x @ y.T)
+            yield slice(i, i + _BLOCK), slice(j, j + _COLUMNS), xx + yy - 2.0 * (x @ y.T)
 
 
 def _flat(images: Images) -> Images:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffusion.audit
-from diffusion.audit import audit, nearest_distances
+from diffusion.audit import audit, copy_share, nearest_distances, nearest_images
 
 
 def _images(n: int, seed: int) -> np.ndarray:
@@ -81,3 +81,16 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
         audit(np.zeros((2, 1, 8, 8), np.uint8), _images(5, 0))
     with pytest.raises(ValueError, match=r"quantile = 1.0 must lie between 0 and 1"):
         audit(_images(2, 0), _images(5, 0), quantile=1.0)
+
+
+def test_the_nearest_image_is_named_and_copies_are_counted_as_a_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training, fresh = _images(80, 0), _images(30, 1)
+    monkeypatch.setattr(diffusion.audit, "_COLUMNS", 16)
+    monkeypatch.setattr(diffusion.audit, "_BLOCK", 8)
+    distances, which = nearest_images(training[[70, 3, 40]] ^ 1, training)
+    assert which.tolist() == [70, 3, 40]
+    np.testing.assert_allclose(distances, 1 / 255)
+    share = copy_share(np.concatenate([training[:10], fresh]), training)
+    assert 10 / 40 <= share < 0.5

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
+import diffusion.frechet
 from diffusion.frechet import fid, kid, moments
 
 
@@ -101,3 +103,30 @@ def test_kid_is_the_definition_and_unbiased() -> None:
     many = [kid(draw.normal(size=(20, 4)), draw.normal(size=(20, 4))) for _ in range(300)]
     assert abs(np.mean(many)) < 4 * np.std(many) / np.sqrt(300)
     assert kid(a, b + 3.0) > 1.0
+
+
+def test_kid_agrees_with_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion.frechet, "_BLOCK", 64)
+    real, fake = _images(150, 0), _images(150, 1, top=200)
+    # One subset that holds everything: the plain estimator, without torchmetrics' resampling.
+    metric = KernelInceptionDistance(feature=Projection(), subsets=1, subset_size=150)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    extract = Projection()
+    theirs, _ = metric.compute()
+    assert kid(extract(real).numpy(), extract(fake).numpy()) == pytest.approx(
+        float(theirs), rel=1e-3
+    )
+
+
+def test_averaged_kid_ranks_as_the_pooled_one() -> None:
+    """Σ λ_i KID(silo i, samples) − KID(all, samples) is the same for any samples (2310.11714)."""
+    draw = np.random.default_rng(3)
+    silos = [draw.normal(place, 1.0, size=(n, 6)) for place, n in ((0.0, 300), (1.5, 700))]
+    pooled = np.concatenate(silos)
+    gaps = []
+    for place in (0.0, 0.7, 3.0):
+        samples = draw.normal(place, 1.2, size=(500, 6))
+        averaged = sum(len(silo) / 1000 * kid(silo, samples) for silo in silos)
+        gaps.append(averaged - kid(pooled, samples))
+    assert np.ptp(gaps) < 0.02 * abs(np.mean(gaps))
