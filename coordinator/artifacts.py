@@ -17,8 +17,11 @@ class Artifacts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob("*/*.part"):
-            partial.unlink()  # left by a crash; nothing refers to it
+
+    def clear(self) -> None:
+        """Remove what a crash has left half written; nothing refers to it."""
+        for partial in self._folder.glob("*/*.part"):
+            partial.unlink(missing_ok=True)
 
     def path(self, sha256: bytes) -> Path:
         name = sha256.hex()

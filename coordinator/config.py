@@ -39,6 +39,10 @@ class CoordinatorConfig(BaseModel):
     """Seconds without a sign of life after which a silo counts as out of contact: a step whose
     awaited silos are all out of contact is closed before its deadline."""
 
+    takeover_after: Annotated[float, Field(ge=1.0, le=3600.0)] = 15.0
+    """Seconds without a sign of life from the coordinator that holds the studies after which one
+    that waits on the same store takes over."""
+
     largest_vector: Annotated[int, Field(ge=1024, le=2**38)] = 2**31
     """Largest upload of one silo, in bytes."""
 
@@ -86,6 +90,11 @@ class Home:
     def spool(self) -> Path:
         """Uploads of the sessions that are under way."""
         return self.root / "spool"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that serves from this folder; its content names that process."""
+        return self.root / "lock"
 
     @property
     def scratch(self) -> Path:

@@ -14,7 +14,7 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 from grpc.aio import AbortError, ServicerContext
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from coordinator.authority import Peer, peer_of
 from coordinator.contacts import Contacts
@@ -22,6 +22,7 @@ from coordinator.records import NoSuchStudy
 from coordinator.registry import RegistryError
 from coordinator.sessions import Resuming
 from coordinator.spool import DiskFull, UploadRefused, WrongOffset
+from coordinator.store import Fenced
 from coordinator.studies import Denied
 from coordinator.uploads import NotYet
 from coordinator.wire import BadRequest, check
@@ -46,6 +47,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnexpectedEvent, grpc.StatusCode.FAILED_PRECONDITION),
     (NotYet, grpc.StatusCode.FAILED_PRECONDITION),
     (Resuming, grpc.StatusCode.UNAVAILABLE),
+    (Fenced, grpc.StatusCode.UNAVAILABLE),
     (Denied, grpc.StatusCode.PERMISSION_DENIED),
     (NoSuchStudy, grpc.StatusCode.PERMISSION_DENIED),
     (RegistryError, grpc.StatusCode.PERMISSION_DENIED),
@@ -172,7 +174,7 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
         full = "the study centre's disk is full: try again later"
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
     log.error("call.failed", exc_info=error)
-    if isinstance(error, OperationalError):
+    if isinstance(error, DBAPIError):
         busy = "the study centre's store is busy or full: try again later"
         await context.abort(grpc.StatusCode.UNAVAILABLE, busy)
     await context.abort(grpc.StatusCode.INTERNAL, "the coordinator failed; its log says why")

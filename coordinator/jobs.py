@@ -7,6 +7,8 @@ functions, because the service imports this module for their names and must stay
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +62,10 @@ def draw_grid(machine: Machine, plan_text: str, model: Path, images: int, png: P
     plan = load_plan(plan_text)
     drawn = _samples(machine, plan, _load(plan, model), images, first=0)
     png.parent.mkdir(parents=True, exist_ok=True)
-    grid_png(drawn, png)
+    # Whole or not there, also where a job is done again while an earlier one still ends.
+    partial = png.with_name(f".{os.getpid()}-{png.name}")
+    grid_png(drawn, partial)
+    os.replace(partial, png)
 
 
 def write_pipeline(plan_text: str, model: Path, folder: Path) -> None:
@@ -68,7 +73,10 @@ def write_pipeline(plan_text: str, model: Path, folder: Path) -> None:
     from diffusion.model import save_pipeline
 
     plan = load_plan(plan_text)
-    save_pipeline(folder, _load(plan, model), plan.schedule, plan.objective)
+    partial = folder.with_name(f".{os.getpid()}-{folder.name}")
+    save_pipeline(partial, _load(plan, model), plan.schedule, plan.objective)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def held_out_loss(machine: Machine, plan_text: str, model: Path, images: Path) -> float:

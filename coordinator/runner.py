@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from coordinator import jobs, records, registry
 from coordinator.aggregation import aggregate, census_total
@@ -23,6 +25,7 @@ from coordinator.config import Home
 from coordinator.jobs import Machine
 from coordinator.report import Report
 from coordinator.sessions import SessionEnd, Tools
+from coordinator.store import Fenced
 from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, Stopped, StudyFailed, Summing
 from coordinator.union import collect_union
@@ -67,12 +70,16 @@ class Runner:
                 return await self._over("stopped")
             except StudyFailed as error:
                 return await self._over("failed", str(error))
+            except Fenced:
+                return  # another process runs the study now
             except Exception as error:
                 # A full disk, a worker that died, a store that is locked: what was done is kept,
                 # a person is told, and the step is tried again.
                 log.exception("study.error", study=self._live.id)
                 why = f"{type(error).__name__}: {error}; it is tried again by itself"
-                await self._tools.store.do(records.set_error, self._live.id, why)
+                # Where it is the store that fails, there is no place to tell it but the log.
+                with suppress(DBAPIError):
+                    await self._tools.store.do(records.set_error, self._live.id, why)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -386,7 +393,8 @@ class Runner:
         )
 
     def _scratch(self, name: str) -> Path:
-        return self._home.scratch / f"{self._live.id}-{name}"
+        # The worker of a process that was taken over from may still be at the same job.
+        return self._home.scratch / f"{self._tools.store.epoch}-{self._live.id}-{name}"
 
     def _names(self, indices: tuple[int, ...]) -> list[str]:
         return [self._live.roster.member(i).name for i in indices]

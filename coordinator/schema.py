@@ -2,6 +2,8 @@
 
 Times are seconds since 1970 (UTC) as floating point. Canonical encodings of the secure sum are
 kept as the bytes they are.
+
+A change here needs a file in `coordinator/migrations/versions`, or stores that exist lack it.
 """
 
 from __future__ import annotations
@@ -191,3 +193,14 @@ chain_head = Table(
     Column("digest", String(64), nullable=False),
 )
 """One row: the last event. Locked by whoever appends, so that the chain never forks."""
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("holder", Text, nullable=False),
+)
+"""One row: which process holds the studies (`coordinator.lease`). It may never change its form: a
+newer program has to take it from an older one before it upgrades the rest."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from coordinator.runner import Runner
 from coordinator.service import CoordinationService
 from coordinator.sessions import Tools
 from coordinator.spool import Spool
-from coordinator.store import Store
+from coordinator.standby import Seat
+from coordinator.store import Fenced, Store
 from coordinator.studies import LiveStudy, Studies
 from coordinator.worker import Worker
 from protos.v1.coordination_pb2_grpc import add_CoordinationServicer_to_server
@@ -60,15 +59,14 @@ class ServerError(Exception):
 class CoordinatorServer:
     """The coordinator of `home`: `start`, then `stop`; or `serve` for both, with signals."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, listen: str | None = None) -> None:
+        """`listen` is bound in place of what coordinator.toml says."""
         self._home = Home(home)
         self._config = self._home.config()
+        self._bind = listen or self._config.bind
         self._authority = Authority.load(self._home.authority)
-        self._lock = _exclusive(home)
-        self._lock.__enter__()
-        shutil.rmtree(self._home.scratch, ignore_errors=True)
-        self._home.scratch.mkdir()
-        self._store = Store(self._home.database(self._config))
+        self._store = Store(self._home.database(self._config), upgrade=True)
+        self._seat = Seat(self._home, self._store, self._config.takeover_after)
         self._contacts = Contacts()
         self._tools = Tools(
             self._store,
@@ -81,31 +79,48 @@ class CoordinatorServer:
         self._service = CoordinationService(self._tools, self._door, self._studies, largest)
         self._server: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.fenced = asyncio.Event()
+        """Set when another process has taken over the studies: then this one has to end."""
 
     async def start(self) -> None:
-        """Bind and serve. Raises ServerError where the port cannot be had."""
+        """Wait until no other process holds the studies of the store, then bind and serve. Raises
+        ServerError where the port cannot be had."""
+        loop = asyncio.get_running_loop()
+
+        def fenced() -> None:
+            loop.call_soon_threadsafe(self.fenced.set)
+
+        await self._seat.take(fenced)
+        self._tasks.append(asyncio.create_task(self._seat.keep(), name="keep the lease"))
+        self._clear()
         await self._look()
         server = self._server = grpc.aio.server(options=_OPTIONS)
         add_CoordinationServicer_to_server(self._service, server)
         enrolment = EnrolmentService(self._store, self._authority, self._door)
         add_EnrolmentServicer_to_server(enrolment, server)
         server.add_generic_rpc_handlers((_health(),))
-        bind = self._config.bind
         try:
-            server.add_secure_port(bind, self._credentials())
+            server.add_secure_port(self._bind, self._credentials())
         except RuntimeError as error:
             raise ServerError(
-                f"cannot listen on {bind}: another program has the port, or the address is not "
-                f"this machine's ({error}). End the other program, or set `listen` in "
+                f"cannot listen on {self._bind}: another program has the port, or the address is "
+                f"not this machine's ({error}). End the other program, or set `listen` in "
                 f"{self._home.config_file}"
             ) from error
         await server.start()
         self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
-        log.info("coordinator.started", listen=bind, address=self._config.address)
+        log.info("coordinator.started", listen=self._bind, address=self._config.address)
+
+    def _clear(self) -> None:
+        """Remove what a crash has left: for who holds the lease only, not for a standby."""
+        shutil.rmtree(self._home.scratch, ignore_errors=True)
+        self._home.scratch.mkdir()
+        self._tools.artifacts.clear()
+        self._tools.spool.epoch = self._store.epoch
 
     async def stop(self, grace: float = _GRACE) -> None:
         """Let open calls end, stop the runners, close the store. Everything goes on from where
-        it was when the service starts again."""
+        it was when the service starts again, or at a standby."""
         self._service.closing = True
         self._studies.wake()
         await self._door.close(grace)
@@ -118,9 +133,10 @@ class CoordinatorServer:
             if live.session is not None:
                 await live.session.detach()  # a commit that is under way ends first
         self._worker.close()
-        await self._store.do(signs_of_life.record, self._contacts.take())
+        with suppress(Fenced):
+            await self._store.do(signs_of_life.record, self._contacts.take())
+        await self._seat.leave()
         self._store.close()
-        self._lock.__exit__(None, None, None)
         log.info("coordinator.stopped")
 
     def _credentials(self) -> grpc.ServerCredentials:
@@ -173,8 +189,8 @@ class CoordinatorServer:
         self._tasks.append(asyncio.create_task(runner.run(), name=f"run {live.id}"))
 
 
-async def serve(home: Path) -> None:
-    """Run the coordinator until SIGTERM or SIGINT.
+async def serve(home: Path, listen: str | None = None) -> None:
+    """Run the coordinator until SIGTERM or SIGINT; as a standby while another one runs.
 
     Raises ConfigError, AuthorityError, StoreError or ServerError; the text of each says what to do.
     """
@@ -183,12 +199,24 @@ async def serve(home: Path) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    server = CoordinatorServer(home)
+    server = CoordinatorServer(home, listen)
+    starting = asyncio.create_task(server.start())
+    ends = [asyncio.create_task(event.wait()) for event in (ended, server.fenced)]
     try:
-        await server.start()
-        await ended.wait()
+        await asyncio.wait([starting, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting  # raises what went wrong
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if server.fenced.is_set():
+            raise Fenced(
+                "another coordinator has taken over, since this one did not answer for too long; "
+                "start this one again to have it wait as the standby"
+            )
     finally:
-        await server.stop()
+        for task in (starting, *ends):
+            task.cancel()
+        await asyncio.gather(starting, *ends, return_exceptions=True)
+        await server.stop(grace=0.0 if server.fenced.is_set() else _GRACE)
 
 
 def configure_logging(config: CoordinatorConfig) -> None:
@@ -217,14 +245,3 @@ def _health() -> grpc.GenericRpcHandler:
 
     check: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(answer)
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})
-
-
-@contextmanager
-def _exclusive(home: Path) -> Iterator[None]:
-    """One service per folder: two would answer the silos of one session differently."""
-    with open(home / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServerError(f"another coordinator is running in {home}: stop it first") from error
-        yield

@@ -1,7 +1,9 @@
 """Uploads on disk: masked vectors on their way in, and their sum.
 
-`<study>/<session>/<silo>-<sha256>.part` grows as chunks come; once it is whole and its digest is
-right it loses the `.part`. The file system is all the state there is, so a restart forgets nothing.
+`<study>/<session>/<silo>-<sha256>.<epoch>.part` grows as chunks come; once it is whole and its
+digest is right it is renamed to `<silo>-<sha256>`. The file system is all the state there is, so a
+restart forgets nothing. A process writes to files of its own epoch of the lease only, and goes on
+with a copy of an earlier one's: one that was stopped and goes on late writes where nobody reads.
 Masked vectors are uniformly random: they tell nothing, and are removed when the session ends.
 """
 
@@ -42,12 +44,13 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.epoch = 0
+        """The fencing number of the process that writes here."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def committed(self, study: str, session: int, silo: int) -> int:
         """How many bytes of this silo's upload are here."""
-        files = self._files(study, session, silo)
-        return files[0].stat().st_size if files else 0
+        return max((_length(f) for f in self._files(study, session, silo)), default=0)
 
     def begin(
         self, study: str, session: int, silo: int, size: int, sha256: bytes, offset: int
@@ -59,13 +62,15 @@ class Spool:
         """
         name = f"{silo}-{sha256.hex()}"
         for other in self._files(study, session, silo):
-            if other.name.removesuffix(".part") != name:
-                other.unlink()
+            if other.name.partition(".")[0] != name:
+                other.unlink(missing_ok=True)
         folder = self._session(study, session)
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / name
-        part = whole.with_suffix(".part")
+        part = folder / f"{name}.{self.epoch}.part"
         done = whole.stat().st_size if whole.exists() else None
+        if done is None:
+            self._take_over(folder, name, part)
         committed = done or (part.stat().st_size if part.exists() else 0)
         if done is None and offset != committed:
             raise WrongOffset(
@@ -75,6 +80,19 @@ class Spool:
         if done is None and free < size - committed + _RESERVE:
             raise DiskFull(_full(folder, size - committed, free))
         return Incoming(whole, part, size, sha256, committed, done is not None)
+
+    def _take_over(self, folder: Path, name: str, part: Path) -> None:
+        """Go on with what came under earlier epochs; raises UploadRefused under one of them."""
+        for other in folder.glob(f"{name}.*.part"):
+            epoch = int(other.name.split(".")[1])
+            if epoch > self.epoch:
+                raise UploadRefused("another coordinator has taken over: ask again")
+            if epoch < self.epoch:
+                if not part.exists() or _length(part) < _length(other):
+                    copy = part.with_suffix(".copy")
+                    shutil.copyfile(other, copy)
+                    os.replace(copy, part)
+                other.unlink(missing_ok=True)
 
     def holds(self, study: str, session: int, silo: int, sha256: bytes, size: int) -> bool:
         """Whether this very vector is here, whole and verified."""
@@ -118,7 +136,8 @@ class Spool:
         return self._folder / study / str(session)
 
     def _files(self, study: str, session: int, silo: int) -> list[Path]:
-        return list(self._session(study, session).glob(f"{silo}-*"))
+        found = self._session(study, session).glob(f"{silo}-*")
+        return [file for file in found if file.suffix != ".copy"]
 
 
 class Incoming:
@@ -191,6 +210,14 @@ class Incoming:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._synced = self.committed
+
+
+def _length(file: Path) -> int:
+    """0 where it is not there, or not any more."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _full(folder: Path, wanted: int, free: int) -> str:

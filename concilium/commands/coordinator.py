@@ -83,11 +83,15 @@ def init(address: str, listen: str | None, home: Path) -> None:
 
 
 @command.command()
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen, in place of `listen`.")
 @home_option
 @plainly
-def serve(home: Path) -> None:
-    """Run the coordinator until SIGTERM."""
-    asyncio.run(server.serve(home))
+def serve(listen: str | None, home: Path) -> None:
+    """Run the coordinator until SIGTERM.
+
+    While another one runs on the same store, this one waits, and takes over when that one ends.
+    """
+    asyncio.run(server.serve(home, listen))
 
 
 @command.command()

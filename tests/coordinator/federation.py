@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import admin, records
 from coordinator.artifacts import Artifacts
-from coordinator.config import Home
+from coordinator.config import Home, config_text
 from coordinator.server import CoordinatorServer
 from coordinator.store import Store
 from protos.v1 import enrolment_pb2 as join_pb
@@ -65,14 +65,14 @@ def free_port() -> int:
 class Federation:
     """A coordinator's folder, its server object, and silos that have joined."""
 
-    def __init__(self, folder: Path, absent_after: float = 0.5) -> None:
+    def __init__(
+        self, folder: Path, absent_after: float = 0.5, database: str | None = None
+    ) -> None:
         self.home, self.address = folder / "coordinator", f"127.0.0.1:{free_port()}"
-        admin.init(self.home, self.address)
-        with open(self.home / "coordinator.toml", "a") as config:
-            config.write(f'\nlisten = "{self.address}"\nworker_threads = 1\n')
-        text = (self.home / "coordinator.toml").read_text()
-        text = text.replace("absent_after = 30.0", f"absent_after = {absent_after}")
-        (self.home / "coordinator.toml").write_text(text)
+        admin.init(self.home, self.address, listen=self.address)
+        config = Home(self.home).config()
+        ours = {"absent_after": absent_after, "worker_threads": 1, "database": database}
+        (self.home / "coordinator.toml").write_text(config_text(config.model_copy(update=ours)))
         self.server: CoordinatorServer | None = None
         self.silos: dict[str, TestSilo] = {}
         self._folder = folder

@@ -1,0 +1,1 @@
+"""One file per version; `coordinator.migrations` runs them in order."""
