@@ -37,7 +37,10 @@ name = {name}
 
 [data]
 path = {data}                         # a file or folder; never leaves this machine
-format = {format}                     # images (PNG, JPEG), npz, idx, cifar or auto
+format = {format}                     # auto, dicom, images (PNG, JPEG), nifti, npz, idx, cifar
+# window = [40, 400]                  # DICOM, NIfTI: centre and width; absent: as each file says
+# burned_in = true                    # DICOM: read what says it has text burned into its pixels
+# slices = "axial"                    # NIfTI: axial, coronal or sagittal
 
 [policy]                              # no plan can override these; what asks for more is declined
 smallest_silos = 3                    # fewest institutions in a study
@@ -149,13 +152,21 @@ class Checked:
     data: Cached
     shape: tuple[int, int, int]
     """(c, h, w) as cached."""
+    classes: dict[str, int]
+    """How many images each class has; empty where not every image has one."""
     sheet: Path
     """A PNG with up to a hundred of the images."""
 
 
-def check(home: Path, image_size: int | None = None, channels: int | None = None) -> Checked:
+def check(
+    home: Path,
+    image_size: int | None = None,
+    channels: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Checked:
     """Read all images once, into the cache that training maps into memory.
 
+    `progress` is called with how many images there are so far, where they are not cached yet.
     Size and channels are those given, else those of a study that this site knows, else 32 and 1.
     Raises DataError for data that cannot be used.
     """
@@ -165,11 +176,26 @@ def check(home: Path, image_size: int | None = None, channels: int | None = None
     data = known.plan.data if known else None
     size = image_size or (data.image_size if data else 32)
     depth = channels or (data.channels if data else 1)
-    dataset = open_dataset(data_path(place, config), config.data.format, size, depth)
-    cached = cache_dataset(dataset, place.cache)
+    dataset = open_dataset(
+        data_path(place, config),
+        config.data.format,
+        size,
+        depth,
+        config.data.reading,
+        config.resources.processors,
+    )
+    cached = cache_dataset(dataset, place.cache, progress)
     sheet = cached.folder / "contact-sheet.png"
     write_sheet(np.asarray(cached.images()), sheet)
-    return Checked(cached, dataset.shape, sheet)
+    return Checked(cached, dataset.shape, _per_class(cached), sheet)
+
+
+def _per_class(cached: Cached) -> dict[str, int]:
+    labels = cached.labels()
+    if labels is None:
+        return {}
+    counts = np.bincount(labels, minlength=len(cached.classes))
+    return dict(zip(cached.classes, counts.tolist(), strict=True))
 
 
 def status(home: Path) -> dict[str, Any]:

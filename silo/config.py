@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,13 +11,17 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from diffusion.spec import Spec
+from silo.data.items import Reading
 from silo.errors import ConfigError
 from silo.home import SiloHome
 from study.problems import explain
 
 Purpose = Literal["census", "moments", "tags", "images", "round"]
-Format = Literal["auto", "images", "npz", "idx", "cifar"]
+Format = Literal["auto", "dicom", "images", "nifti", "npz", "idx", "cifar"]
 SITE_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+
+Window = tuple[float, Annotated[float, Field(ge=1.0)]]
 
 
 class Site(Spec):
@@ -33,8 +38,23 @@ class Data(Spec):
     """A file or folder; relative paths start at this file's folder."""
 
     format: Format = "auto"
-    """images (folder of PNG and JPEG), npz (MedMNIST's layout), idx (MNIST's), cifar (its binary
-    layout), auto (told by the names of files)."""
+    """dicom (folder of files), images (folder of PNG and JPEG), nifti (slices of volumes), npz
+    (MedMNIST's layout), idx (MNIST's), cifar (its binary layout), auto (by what lies there)."""
+
+    window: Window | None = None
+    """DICOM and NIfTI: centre and width of what becomes black to white, in the units after rescale
+    (Hounsfield for CT); absent = as each file says, else its percentiles."""
+
+    burned_in: bool = False
+    """DICOM: whether images are read that say of themselves that they have text burned in."""
+
+    slices: Literal["axial", "coronal", "sagittal"] = "axial"
+    """NIfTI: what volumes are cut into."""
+
+    @property
+    def reading(self) -> Reading:
+        """For the readers."""
+        return Reading(self.window, self.burned_in, self.slices)
 
 
 class Policy(Spec):
@@ -70,6 +90,11 @@ class Resources(Spec):
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the worker; absent = all cores."""
+
+    @property
+    def processors(self) -> int:
+        """CPU threads that local work may keep busy."""
+        return self.threads or os.cpu_count() or 1
 
     idle_seconds: Annotated[float, Field(ge=0.0, le=86_400.0)] = 60.0
     """How long the worker process stays after its last job."""

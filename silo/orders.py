@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from silo.data.items import AS_THE_FILES_SAY, Reading
+
 R_co = TypeVar("R_co", covariant=True)
 
 
@@ -34,6 +36,8 @@ class CacheImages(Order[Path]):
     image_size: int
     channels: int
     caches: Path
+    reading: Reading = AS_THE_FILES_SAY
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,16 @@ class Quantities:
             return known
         channels, size, _ = self._plan.data.shape
         source = data_path(self._home, self._config)
-        order = CacheImages(source, self._config.data.format, size, channels, self._home.cache)
+        data, resources = self._config.data, self._config.resources
+        order = CacheImages(
+            source,
+            data.format,
+            size,
+            channels,
+            self._home.cache,
+            data.reading,
+            resources.processors,
+        )
         cached = open_cache(await self._run(order))
         if cached is None:
             raise DataError(f"{self._home.cache} was changed while images were read: try again")

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +23,7 @@ import structlog
 from silo.config import Resources
 from silo.errors import SiloError, WorkFailed
 from silo.orders import Machine, Order
+from silo.process import begin
 
 R = TypeVar("R")
 log = structlog.get_logger(__name__)
@@ -105,7 +103,7 @@ class Worker:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             arguments = (self._resources.niceness,)
-            self._pool = ProcessPoolExecutor(1, context, _begin, arguments)
+            self._pool = ProcessPoolExecutor(1, context, begin, arguments)
         future = asyncio.get_running_loop().run_in_executor(self._pool, _execute, order, progress)
         return await future
 
@@ -140,21 +138,6 @@ def _read_progress(path: Path) -> Progress | None:
         return Progress(activity, int(step), int(steps))
     except (OSError, ValueError):
         return None
-
-
-def _begin(niceness: int) -> None:
-    """In the child, once."""
-    os.umask(0o077)
-    os.nice(niceness)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then ends us
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _execute(order: Order[R], progress: Path) -> R:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import click
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from concilium.show import age
 from silo import admin, agent
+from silo.config import Format
 from silo.errors import SiloError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_LINES = 20  # of a table: more are added up
 
 _home = click.option(
     "--home",
@@ -57,7 +61,7 @@ def command() -> None:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["auto", "images", "npz", "idx", "cifar"]),
+    type=click.Choice(list(get_args(Format))),
     default="auto",
     show_default=True,
     help="What the data is.",
@@ -81,14 +85,14 @@ def init(name: str, data: Path, kind: str, home: Path) -> None:
 @_plainly
 def check(image_size: int | None, channels: int | None, home: Path) -> None:
     """Read all images once: how many, of what shape, what was skipped and why."""
-    found = admin.check(home, image_size, channels)
-    channels_, height, width = found.shape
-    click.echo(f"{found.data.count} images, cached as {channels_}×{height}×{width} (uint8)")
-    for item in found.data.skipped[:20]:
-        click.echo(f"  skipped {item.name}: {item.reason}")
-    if len(found.data.skipped) > 20:
-        click.echo(f"  … and {len(found.data.skipped) - 20} more")
-    click.echo(f"contact sheet: {found.sheet}")
+    columns = (TextColumn("reading"), TextColumn("{task.completed:,.0f} images"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as shown:
+        task = shown.add_task("", total=None)
+        found = admin.check(
+            home, image_size, channels, lambda count: shown.update(task, completed=count)
+        )
+    click.echo("\n".join(_checked(found)))
 
 
 @command.command()
@@ -178,6 +182,31 @@ def status(watch: bool, as_json: bool, home: Path) -> None:
         if not watch:
             return
         time.sleep(1)
+
+
+def _checked(found: admin.Checked) -> Iterator[str]:
+    data, (channels, height, width) = found.data, found.shape
+    series = f" in {data.series} series or volumes" if data.series else ""
+    yield f"{data.count} images{series}, cached as {channels}×{height}×{width} (uint8)"
+    yield from _table("in the source", data.shapes)
+    yield from _table("classes", found.classes)
+    yield from _table("skipped", data.skipped, data.examples)
+    yield f"contact sheet: {found.sheet}"
+
+
+def _table(
+    title: str, counts: dict[str, int], examples: dict[str, list[str]] | None = None
+) -> Iterator[str]:
+    """The most frequent first, with the first names of each."""
+    if counts:
+        yield f"{title}:"
+    most = sorted(counts.items(), key=lambda item: -item[1])
+    for name, count in most[:_LINES]:
+        yield f"  {count:>9,}  {name}"
+        if examples is not None:
+            yield f"             {', '.join(examples[name][:3])}{', …' if count > 3 else ''}"
+    if len(most) > _LINES:
+        yield f"  {sum(count for _, count in most[_LINES:]):>9,}  others ({len(most) - _LINES})"
 
 
 def _described(now: dict[str, Any]) -> str:

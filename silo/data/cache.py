@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from silo.data.dataset import Dataset, Sample
-from silo.data.items import Skipped
 from silo.errors import DataError
 from silo.files import make_folder, move, read_json, sync_folder, write_file, write_json
 
-VERSION = 2
+VERSION = 3
 """Of the layout; a cache of another one is made anew from the images."""
 
 _MOST_CLASSES = 65_536
@@ -39,7 +38,12 @@ class Cached:
     count: int
     shapes: dict[str, int]
     """Shapes in the source, with how many images have each."""
-    skipped: tuple[Skipped, ...]
+    skipped: dict[str, int]
+    """Why files gave no image, with how many did not for that reason."""
+    examples: dict[str, list[str]]
+    """The first names of each reason."""
+    series: int
+    """How many DICOM series or NIfTI volumes; 0 for formats without."""
     classes: tuple[str, ...]
     """Names of the classes by their numbers; empty where the images have no labels."""
 
@@ -70,8 +74,12 @@ def cached_labels(folder: Path) -> Labels | None:
     return labels
 
 
-def cache_dataset(dataset: Dataset, caches: Path) -> Cached:
+def cache_dataset(
+    dataset: Dataset, caches: Path, progress: Callable[[int], None] = lambda _: None
+) -> Cached:
     """Read all of `dataset` into a folder below `caches`, unless that was done before.
+
+    `progress` is called with how many images there are so far.
 
     The folder is named by the source's fingerprint, so that a source that changed is read anew.
     Raises DataError as `Dataset` does.
@@ -83,7 +91,7 @@ def cache_dataset(dataset: Dataset, caches: Path) -> Cached:
     partial = folder / "images.partial"
     labels = _Labels()
     with open(partial, "wb") as file:
-        count = _write_npy(file, labels.of(dataset), dataset.shape)
+        count = _write_npy(file, labels.of(dataset), dataset.shape, progress)
         os.fsync(file.fileno())
     classes = _write_labels(folder, labels, dataset)
     move(partial, folder / "images.npy")
@@ -94,11 +102,13 @@ def cache_dataset(dataset: Dataset, caches: Path) -> Cached:
         "count": count,
         "shapes": dict(dataset.shapes),
         "classes": classes,
-        "skipped": [[s.name, s.reason] for s in dataset.skipped],
+        "skipped": dict(dataset.skips.counts),
+        "examples": dataset.skips.examples,
+        "series": dataset.series,
     }
     write_json(folder / "report.json", report)
     sync_folder(caches)
-    return Cached(folder, count, dict(dataset.shapes), tuple(dataset.skipped), classes)
+    return _cached(folder, report)
 
 
 def open_cache(folder: Path) -> Cached | None:
@@ -106,9 +116,19 @@ def open_cache(folder: Path) -> Cached | None:
     report = read_json(folder / "report.json")
     if report is None or report.get("version") != VERSION:
         return None
-    skipped = tuple(Skipped(name, reason) for name, reason in report["skipped"])
-    classes = tuple(report["classes"])
-    return Cached(folder, report["count"], report["shapes"], skipped, classes)
+    return _cached(folder, report)
+
+
+def _cached(folder: Path, report: dict[str, Any]) -> Cached:
+    return Cached(
+        folder,
+        report["count"],
+        report["shapes"],
+        report["skipped"],
+        report["examples"],
+        report["series"],
+        tuple(report["classes"]),
+    )
 
 
 class _Labels:
@@ -151,7 +171,12 @@ def _npy(values: Labels) -> bytes:
     return content.getvalue()
 
 
-def _write_npy(file: BinaryIO, images: Iterable[NDArray[np.uint8]], shape: tuple[int, ...]) -> int:
+def _write_npy(
+    file: BinaryIO,
+    images: Iterable[NDArray[np.uint8]],
+    shape: tuple[int, ...],
+    progress: Callable[[int], None],
+) -> int:
     """Stream an .npy file whose length is known only at the end.
 
     numpy leaves room in a version 1.0 header for the first axis to grow, so that the header can be
@@ -162,6 +187,7 @@ def _write_npy(file: BinaryIO, images: Iterable[NDArray[np.uint8]], shape: tuple
     for image in images:
         file.write(image.tobytes())
         count += 1
+        progress(count)
     file.seek(0)
     if _write_header(file, (count, *shape)) != length:
         raise DataError("the cache's header does not fit: this version of numpy is too old")

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from silo.data.items import Item, Skipped
+from silo.data.items import Item, Reading, Skipped, Source
 from silo.errors import DataError
 
 _PIXELS = 3 * 32 * 32
 
 
-def files(path: Path) -> list[Path]:
+def files(path: Path) -> Iterator[Path]:
     """The files of images, and that with the names of their classes."""
     images = _image_files(path)
-    names = _names_file(images[0]) if images else None
-    return [*images, *([names] if names and names.is_file() else [])]
+    yield from images
+    if images and (names := _names_file(images[0])).is_file():
+        yield names
 
 
 def classes(path: Path) -> tuple[str, ...]:
@@ -36,21 +37,25 @@ def classes(path: Path) -> tuple[str, ...]:
     return tuple(line for line in names.read_text("utf-8").split("\n") if line.strip())
 
 
-def items(path: Path) -> Iterator[Item | Skipped]:
+def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
+    """The files of images."""
+    return (Source(file, file.name) for file in _image_files(path))
+
+
+def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
     """Every image. Raises DataError for a file of another length or name."""
-    for file in _image_files(path):
-        labels = _label_bytes(file)
-        size = file.stat().st_size
-        if size == 0 or size % (labels + _PIXELS):
-            raise DataError(
-                f"{file} has {size} bytes, no multiple of {labels + _PIXELS}: it is damaged, or "
-                "has another layout"
-            )
-        with open(file, "rb") as stream:
-            for number in range(size // (labels + _PIXELS)):
-                record = np.frombuffer(stream.read(labels + _PIXELS), np.uint8)
-                pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield Item(f"{file.name}[{number}]", pixels, int(record[labels - 1]))
+    file, labels = source.file, _label_bytes(source.file)
+    size = file.stat().st_size
+    if size == 0 or size % (labels + _PIXELS):
+        raise DataError(
+            f"{file} has {size} bytes, no multiple of {labels + _PIXELS}: it is damaged, or "
+            "has another layout"
+        )
+    with open(file, "rb") as stream:
+        for number in range(size // (labels + _PIXELS)):
+            record = np.frombuffer(stream.read(labels + _PIXELS), np.uint8)
+            pixels = record[labels:].reshape(3, 32, 32).transpose(1, 2, 0)
+            yield Item(f"{file.name}[{number}]", pixels, int(record[labels - 1]))
 
 
 def _image_files(path: Path) -> list[Path]:

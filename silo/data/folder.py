@@ -1,7 +1,7 @@
 """A folder of PNG and JPEG files, subfolders included, in the order of their names.
 
 Where every image lies in a subfolder of the folder, `<class>/<image>`, the subfolders are the
-classes, numbered in the order of their names.
+classes, numbered in the order of their names. An image is turned as its EXIF orientation says.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from silo.data.items import Item, Skipped
+from silo.data.files import walk
+from silo.data.items import Item, Reading, Skipped, Source
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
-def files(path: Path) -> list[Path]:
+def files(path: Path) -> Iterator[Path]:
     """Every file below `path` that is not hidden."""
-    found = (p for p in path.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(q.startswith(".") for q in p.relative_to(path).parts))
+    return walk(path)
 
 
 def classes(path: Path) -> tuple[str, ...]:
@@ -27,20 +27,26 @@ def classes(path: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
 
 
-def items(path: Path) -> Iterator[Item | Skipped]:
-    """Every image, and every file that is none with the reason."""
+def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
+    """Every file with the name of an image."""
     numbers = {name: number for number, name in enumerate(classes(path))}
-    for file in files(path):
+    for file in walk(path):
         place = file.relative_to(path)
-        label = numbers[place.parts[0]] if len(place.parts) == 2 else None
-        if file.suffix.lower() not in _SUFFIXES:
+        label = numbers.get(place.parts[0]) if len(place.parts) == 2 else None
+        if file.suffix.lower() in _SUFFIXES:
+            yield Source(file, str(place), label)
+        else:
             yield Skipped(str(place), "neither PNG nor JPEG")
-            continue
-        try:
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                image.load()
-                yield Item(str(place), image, label)
-        except UnidentifiedImageError:
-            yield Skipped(str(place), "not the content of a PNG or JPEG file")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            yield Skipped(str(place), f"cannot be decoded: {error}")
+
+
+def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
+    """The image of a file, or why there is none."""
+    try:
+        with Image.open(source.file, formats=("PNG", "JPEG")) as image:
+            yield Item(source.name, ImageOps.exif_transpose(image), source.label)
+    except UnidentifiedImageError:
+        yield Skipped(source.name, "not the content of a PNG or JPEG file")
+    except Image.DecompressionBombError:
+        yield Skipped(source.name, "more pixels than an image has: most likely no image at all")
+    except (OSError, SyntaxError, ValueError, OverflowError, MemoryError, EOFError):
+        yield Skipped(source.name, "cannot be decoded: damaged, or cut short")

@@ -19,16 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from silo.data.items import Item, Skipped
+from silo.data.items import Item, Reading, Skipped, Source
 from silo.errors import DataError
 
 _IMAGES, _LABELS = struct.Struct(">4sIII"), struct.Struct(">4sI")
 
 
-def files(path: Path) -> list[Path]:
+def files(path: Path) -> Iterator[Path]:
     """The files of images and those of their labels."""
-    images = _image_files(path)
-    return [*images, *(labels for file in images if (labels := _labels_of(file)))]
+    for file in _image_files(path):
+        labels = _labels_of(file)
+        yield from (file, labels) if labels else (file,)
 
 
 def classes(path: Path) -> tuple[str, ...]:
@@ -36,14 +37,18 @@ def classes(path: Path) -> tuple[str, ...]:
     return ()
 
 
-def items(path: Path) -> Iterator[Item | Skipped]:
+def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
+    """The files of images."""
+    return (Source(file, file.name) for file in _image_files(path))
+
+
+def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
     """Every image. Raises DataError for a file that is damaged or of another kind."""
-    for file in _image_files(path):
-        try:
-            with _open(file) as stream:
-                yield from _images(file, stream)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
+    try:
+        with _open(source.file) as stream:
+            yield from _images(source.file, stream)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source.file} cannot be read: {error}") from error
 
 
 def _images(file: Path, stream: BufferedIOBase) -> Iterator[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,39 @@ from silo.data.pixels import Pixels, fit, fit_array
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What site.toml says about how medical images are read."""
+
+    window: tuple[float, float] | None = None
+    """Centre and width in the units after rescale (Hounsfield for CT); None = as the file says."""
+    burned_in: bool = False
+    """Whether DICOM images are read that say of themselves that they have text burned in."""
+    axis: str = "axial"
+    """What NIfTI volumes are cut along: axial, coronal or sagittal."""
+
+
+AS_THE_FILES_SAY = Reading()
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A file, or a place in one, that gave no image. Names stay at the site."""
 
     name: str
     reason: str
+    """One of a few sentences of the reader, so that they can be counted; never of the content."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that holds images: one of a folder of pictures, all of an archive."""
+
+    file: Path
+    name: str
+    label: int | None = None
+    """The class of its images where the place of the file says so."""
+    series: int = 0
+    """Images of one DICOM series, or one volume, have the same number."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,8 @@ class Item:
     image: NDArray[np.uint8] | Image.Image
     label: int | None = None
     """Number of its class, from 0; None where the source does not say."""
+    series: int = 0
+    """As its source's."""
 
     @property
     def shape(self) -> str:

@@ -19,7 +19,7 @@ from typing import IO
 
 import numpy as np
 
-from silo.data.items import Item, Skipped
+from silo.data.items import Item, Reading, Skipped, Source
 from silo.errors import DataError
 
 _PREFIXES = ("train_", "")
@@ -34,9 +34,9 @@ _UNREADABLE = (
 )
 
 
-def files(path: Path) -> list[Path]:
+def files(path: Path) -> Iterator[Path]:
     """The archive."""
-    return [path]
+    yield path
 
 
 def classes(path: Path) -> tuple[str, ...]:
@@ -44,8 +44,14 @@ def classes(path: Path) -> tuple[str, ...]:
     return ()
 
 
-def items(path: Path) -> Iterator[Item | Skipped]:
+def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
+    """The archive."""
+    yield Source(path, path.name)
+
+
+def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
     """Every image of the array. Raises DataError for a file of another layout."""
+    path = source.file
     try:
         with zipfile.ZipFile(path) as archive:
             yield from _items(path, archive)

@@ -12,5 +12,12 @@ from silo.worker import ProgressFile
 
 def cache_images(order: CacheImages, progress: ProgressFile) -> Path:
     progress("reading images", 0, 1)
-    dataset = open_dataset(order.source, order.format, order.image_size, order.channels)
+    dataset = open_dataset(
+        order.source,
+        order.format,
+        order.image_size,
+        order.channels,
+        order.reading,
+        order.processes,
+    )
     return cache_dataset(dataset, order.caches).folder

@@ -92,9 +92,11 @@ def test_image_folder_is_read_in_order_and_says_what_it_skipped(tmp_path: Path) 
     dataset = open_dataset(tmp_path, "images", 8, 1)
     found = np.stack([pixels for pixels, _ in dataset])
     assert np.array_equal(found[:, 0], np.stack([first, second]))
-    skipped = {s.name: s.reason for s in dataset.skipped}
-    assert skipped.keys() == {"notes.txt", "broken.jpg", "cut.png"}
-    assert skipped["notes.txt"] == "neither PNG nor JPEG"
+    assert dataset.skips.examples == {
+        "not the content of a PNG or JPEG file": ["broken.jpg"],
+        "cannot be decoded: damaged, or cut short": ["cut.png"],
+        "neither PNG nor JPEG": ["notes.txt"],
+    }
     assert dataset.shapes == {"8×8×1": 2}
 
 
@@ -104,7 +106,7 @@ def test_empty_missing_and_unreadable_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no image"):
         read(tmp_path)
     (tmp_path / "a.png").write_bytes(b"text")
-    with pytest.raises(DataError, match="1 files were skipped, the first, a.png"):
+    with pytest.raises(DataError, match=r"1 files were skipped, 1 of them \(a.png, for one\)"):
         read(tmp_path)
     with pytest.raises(DataError, match="is a file: give the folder"):
         open_dataset(tmp_path / "a.png", "images", 8, 1)
