@@ -77,12 +77,12 @@ class Certificate:
         confirm = Confirm.decode(message.body)
         return confirm.t2, confirm.survivors
 
-    @property
+    @cached_property
     def t2(self) -> bytes:
         """T2 of a sum certificate, empty for an abort."""
         return Confirm.decode(self.messages[0].body).t2 if self.is_sum else b""
 
-    @property
+    @cached_property
     def survivors(self) -> tuple[int, ...]:
         """U3 of a sum certificate, empty for an abort."""
         return Confirm.decode(self.messages[0].body).survivors if self.is_sum else ()

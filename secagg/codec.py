@@ -17,20 +17,11 @@ from secagg.errors import MalformedMessage
 T = TypeVar("T")
 
 
-def u8(value: int) -> bytes:
-    return struct.pack(">B", value)
-
-
-def u16(value: int) -> bytes:
-    return struct.pack(">H", value)
-
-
-def u32(value: int) -> bytes:
-    return struct.pack(">I", value)
-
-
-def u64(value: int) -> bytes:
-    return struct.pack(">Q", value)
+# `pack` refuses what does not fit, and what is no integer.
+u8 = struct.Struct(">B").pack
+u16 = struct.Struct(">H").pack
+u32 = struct.Struct(">I").pack
+u64 = struct.Struct(">Q").pack
 
 
 def blob(value: bytes) -> bytes:
