@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import structlog
 
 from secagg.context import SessionContext
-from secagg.errors import Refused
+from secagg.errors import Reason, Refused
 from secagg.events import (
     Headers,
     InputMasked,
@@ -33,6 +34,11 @@ from silo import failpoints
 from silo.errors import LedgerError, WorkFailed
 from silo.files import write_file
 from silo.ledger import LedgerFile
+
+log = structlog.get_logger(__name__)
+
+# What only the dealer of a parcel can have done.
+_DEALERS = (Reason.BAD_CIPHERTEXT, Reason.BAD_COMMITMENT)
 
 
 class Protocol:
@@ -88,12 +94,14 @@ class Protocol:
         return self._carry_out(state, effects)
 
     def _handle_headers(self, event: Headers) -> list[Send]:
-        """Where one dealer's parcel contradicts its header, the answer is a complaint."""
+        """Where one dealer's parcel contradicts its header, the answer is a complaint. What no
+        honest coordinator relays (a forged signature, say) accuses the coordinator alone."""
         try:
             state, effects = self._state.handle(event)
         except Refused as error:
-            if error.accused is None or self.session is None:
+            if error.accused is None or error.reason not in _DEALERS or self.session is None:
                 raise
+            log.error("complained", session=self.session.session, reason=str(error))
             return [complain(self._party, self.session.digest, error.accused)]
         return self._carry_out(state, effects)
 

@@ -107,7 +107,7 @@ class Shared(SiloState):
         for i in sorted(headers):
             if i == me:
                 continue
-            parcel = parcels.get(i, Parcel(b"", b""))
+            parcel = self._parcel(i, headers[i], parcels)
             try:
                 shares[i] = self._open_mailbox(i, headers[i], parcel)
                 seed = (
@@ -122,11 +122,18 @@ class Shared(SiloState):
             seed.wipe()
         return shares, tuple(mask_keys)
 
+    def _parcel(self, i: int, header: Header, parcels: Mapping[int, Parcel]) -> Parcel:
+        """The parcel that dealer i signed for. An honest coordinator took and relays no other, so
+        another is not held against the dealer."""
+        parcel, dealt = parcels.get(i, Parcel(b"", b"")), header.to(self.party.index)
+        seed = digest("parcel", parcel.seed) if i < self.party.index else dealt.seed_parcel
+        if (digest("parcel", parcel.mailbox), seed) != (dealt.mailbox_parcel, dealt.seed_parcel):
+            raise Refused(Reason.BAD_CIPHERTEXT, f"relayed from {self.party.roster.member(i).name}")
+        return parcel
+
     def _open_mailbox(self, i: int, header: Header, parcel: Parcel) -> Shares:
         ctx, me = self.context.digest, self.party.index
         dealt = header.to(me)
-        if digest("parcel", parcel.mailbox) != dealt.mailbox_parcel:
-            raise Refused(Reason.BAD_CIPHERTEXT)
         opened = self.mailbox.open(
             parcel.mailbox, keys.sealing_info("mailbox", ctx, self.t1, i, me)
         )
@@ -145,8 +152,6 @@ class Shared(SiloState):
     def _open_seed(self, mask: SealingKey, i: int, header: Header, parcel: Parcel) -> Secret:
         ctx, me = self.context.digest, self.party.index
         dealt = header.to(me)
-        if digest("parcel", parcel.seed) != dealt.seed_parcel:
-            raise Refused(Reason.BAD_CIPHERTEXT)
         seed = mask.open(parcel.seed, keys.sealing_info("seed", ctx, self.t1, i, me))
         if keys.commit("seed", ctx, self.t1, i, me, seed) != dealt.seed:
             raise Refused(Reason.BAD_COMMITMENT)

@@ -24,7 +24,8 @@ from secagg.events import (
     SiloEvent,
     Survivors,
 )
-from secagg.messages import Confirm, Parcel, Signed, Step
+from secagg.messages import Confirm, Header, Parcel, Signed, Step
+from secagg.primitives import digest
 from secagg.roster import Member, Roster
 from tests.secagg.world import World, make_context, make_roster, make_world
 
@@ -229,14 +230,15 @@ def test_a_silo_that_did_not_advertise_to_us_cannot_share() -> None:
     assert refused(world, 2, tampered) is Reason.NOT_A_SUBSET
 
 
-def test_a_ciphertext_of_one_silo_passed_on_as_anothers_is_refused_and_names_the_dealer() -> None:
+def test_a_ciphertext_of_one_silo_passed_on_as_anothers_is_refused_and_accuses_nobody() -> None:
+    """The dealers signed other digests, so it was the coordinator that swapped them."""
     world = make_world(4)
     event = headers_of(world, 4)
     swapped = {**event.parcels, 1: event.parcels[2], 2: event.parcels[1]}
     with pytest.raises(Refused) as caught:
         world.silos[4].deliver(replace(event, parcels=swapped))
     assert caught.value.reason is Reason.BAD_CIPHERTEXT
-    assert caught.value.accused == 1
+    assert caught.value.accused is None
     missing = {i: p for i, p in event.parcels.items() if i != 3}
     assert refused(world, 4, replace(event, parcels=missing)) is Reason.BAD_CIPHERTEXT
     no_seed = {**event.parcels, 3: Parcel(event.parcels[3].mailbox, b"")}
@@ -478,3 +480,20 @@ def test_a_tampered_upload_list_never_yields_a_wrong_sum_in_silence() -> None:
     world.pump()
     assert world.sum is not None
     np.testing.assert_array_equal(world.sum, world.expected([1, 2, 3, 4]))
+
+
+def test_a_ciphertext_that_its_dealer_signed_for_but_nobody_can_open_names_the_dealer() -> None:
+    world = make_world(4)
+    event = headers_of(world, 4)
+    theirs = event.parcels[2]
+    header = Header.decode(event.messages[0].body)
+    entry = replace(
+        header.to(4),
+        mailbox_parcel=digest("parcel", theirs.mailbox),
+        seed_parcel=digest("parcel", theirs.seed),
+    )
+    lie = replace(header, dealt=(*header.dealt[:3], entry))
+    signed = world.silos[1].party.sign(Step.SHARE, world.session.context.digest, lie.encode())
+    with pytest.raises(Refused) as caught:
+        world.silos[4].deliver(Headers((signed, *event.messages[1:]), {**event.parcels, 1: theirs}))
+    assert (caught.value.reason, caught.value.accused) == (Reason.BAD_CIPHERTEXT, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from secagg.errors import Refused
 from secagg.events import Deadline, Headers, Open, Received, Send, Settle, Unveil
 from secagg.ledger import Masked, Opened
 from secagg.masking import DTYPES, apply_masks
-from secagg.messages import Complaint, Parcel, Step
+from secagg.messages import Complaint, Header, Parcel, Step
 from secagg.primitives import Secret
 from secagg.silo import SiloParty
 from silo.ledger import LedgerFile
@@ -223,10 +223,29 @@ def test_a_dealer_that_contradicts_its_header_is_complained_about(tmp_path: Path
     trial.step()
     request = trial.session.request_for(1)
     assert isinstance(request, Headers)
-    spoilt = {**request.parcels, 3: Parcel(bytes(64), b"")}
-    (send,) = trial.sites[1].protocol.handle(Headers(request.messages, spoilt))
+    header = Header.decode(request.messages[2].body)
+    lie = replace(header, dealt=(replace(header.dealt[0], share_b=bytes(32)), *header.dealt[1:]))
+    signed = trial.sites[3].party.sign(Step.SHARE, trial.context.digest, lie.encode())
+    messages = (*request.messages[:2], signed, request.messages[3])
+    (send,) = trial.sites[1].protocol.handle(Headers(messages, request.parcels))
     assert send.message.step is Step.COMPLAIN
     assert Complaint.decode(send.message.body).accused == 3
+
+
+def test_what_only_the_coordinator_can_have_done_accuses_nobody(tmp_path: Path) -> None:
+    trial = Trial(tmp_path)
+    trial.step()
+    trial.step()
+    request = trial.session.request_for(1)
+    assert isinstance(request, Headers)
+    m = request.messages
+    forged = replace(m[2], signature=bytes(64))
+    for lie in (
+        Headers(m, {**request.parcels, 3: Parcel(bytes(64), b"")}),
+        Headers((*m[:2], forged, m[3]), request.parcels),
+    ):
+        with pytest.raises(Refused):
+            trial.sites[1].protocol.handle(lie)
 
 
 def test_a_vector_of_another_length_opens_nothing(tmp_path: Path) -> None:
