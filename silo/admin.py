@@ -58,7 +58,7 @@ idle_seconds = 60.0                   # how long the worker stays after its last
 niceness = 10                         # how readily it gives way to other programs: 0 to 19
 
 [approval]
-automatic = {automatic}                     # true: accept any first plan that the policy allows
+automatic = {automatic}                     # true: accept the first study that the policy allows
 """
 
 

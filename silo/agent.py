@@ -31,6 +31,7 @@ from silo.offers import (
     Decision,
     Terms,
     decide,
+    digests_of,
     keep_offer,
     offered_terms,
     pin,
@@ -125,6 +126,7 @@ class Agent:
             terms = keep_offer(study, task.offer)
         except BadOffer as error:
             log.error("offer cannot be used", reason=str(error))
+            await self._tell(study.name, digests_of(task.offer), rule=f"offer: {error}")
             await asyncio.sleep(_RETRY_SECONDS)
             return
         decision = decide(study, terms, self._config, self._identity.public)
@@ -142,18 +144,23 @@ class Agent:
         """Pin what was accepted before saying so: from then on nothing else is taken part in."""
         if decision.accepted:
             pin(study, terms)
-        plan, roster = terms.digests
-        request = pb.AnswerOfferRequest(
-            study=study.name,
-            plan_digest=plan,
-            roster_digest=roster,
-            accepted=decision.accepted,
-            rule=_printable(decision.rule),
-        )
-        await self._tools.client.answer_offer(request)
+        await self._tell(study.name, terms.digests, decision.accepted, decision.rule)
         state = "accepted" if decision.accepted else f"declined: {decision.rule}"
         self._tools.status.study(study.name, state=state, title=terms.plan.study.title)
         log.info("offer answered", study=study.name, answer=state)
+
+    async def _tell(
+        self, study: str, digests: tuple[bytes, bytes], accepted: bool = False, rule: str = ""
+    ) -> None:
+        plan, roster = digests
+        request = pb.AnswerOfferRequest(
+            study=study,
+            plan_digest=plan,
+            roster_digest=roster,
+            accepted=accepted,
+            rule=_printable(rule),
+        )
+        await self._tools.client.answer_offer(request)
 
     async def _look_for_decisions(self) -> None:
         """Start what was accepted, here or by a person, and what ran before a restart."""

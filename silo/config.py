@@ -107,7 +107,8 @@ class Approval(Spec):
     """[approval]: who accepts a study."""
 
     automatic: bool = False
-    """true accepts every first plan that the policy allows, without asking a person."""
+    """true accepts the site's first study, where the policy allows it, without asking a person.
+    Later studies, and every change of plan or roster, wait for one."""
 
 
 class SiloConfig(Spec):

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from protos.v1 import coordination_pb2 as pb
 from secagg.errors import InvalidParameters, MalformedMessage
+from secagg.primitives import digest
 from secagg.roster import Roster
 from silo.config import SiloConfig
 from silo.errors import SiloError
 from silo.files import read_json, write_file, write_json
 from silo.home import StudyHome
 from silo.policy import check_study
-from study.plan import Plan, load_plan
+from study.plan import Plan, load_plan, text_digest
 from study.problems import PlanError
 
 
@@ -32,6 +33,11 @@ class Terms:
         return self.plan.digest(), self.roster.digest
 
 
+def digests_of(offer: pb.Offer) -> tuple[bytes, bytes]:
+    """The digests of an offer as it came, also of one that cannot be used."""
+    return text_digest(offer.plan), digest("roster", offer.roster)
+
+
 @dataclass(frozen=True)
 class Decision:
     """What was decided about one plan and one roster."""
@@ -44,7 +50,7 @@ class Decision:
     """Why not."""
 
     def about(self, terms: Terms) -> bool:
-        return (self.plan, self.roster) == tuple(digest.hex() for digest in terms.digests)
+        return (self.plan, self.roster) == tuple(part.hex() for part in terms.digests)
 
 
 def parse_terms(study: str, plan: str, roster: bytes) -> Terms:
@@ -89,8 +95,10 @@ def decide(study: StudyHome, terms: Terms, config: SiloConfig, identity: bytes) 
     """What this site answers; None while a person has not decided.
 
     The policy comes first: a person cannot accept what it forbids without changing it. Only the
-    very first terms of a study can be accepted automatically: a change of plan or roster is what
-    a person has to see, above all when nobody expects one.
+    very first terms of the site's first study can be accepted automatically. A change of plan
+    or roster is what a person has to see, above all when nobody expects one. So is another study:
+    its sums go over other sets of silos, or can be made to, and the static ones of both studies
+    give, subtracted, what a single silo put in.
     """
     declined = check_study(
         config.policy, terms.plan, terms.roster, site=config.site.name, identity=identity
@@ -103,9 +111,14 @@ def decide(study: StudyHome, terms: Terms, config: SiloConfig, identity: bytes) 
     known = stored_decision(study)
     if known is not None and known.about(terms):
         return known
-    if pinned == terms or (config.approval.automatic and pinned is None):
+    if pinned == terms or (config.approval.automatic and _first(study)):
         return record(study, terms, accepted=True)
     return None
+
+
+def _first(study: StudyHome) -> bool:
+    """Whether this site has accepted nothing so far."""
+    return not any(study.path.parent.glob("*/roster"))
 
 
 def _rolls_back(pinned: Roster, offered: Roster) -> bool:
@@ -119,7 +132,7 @@ def stored_decision(study: StudyHome) -> Decision | None:
 
 def record(study: StudyHome, terms: Terms, *, accepted: bool, rule: str = "") -> Decision:
     """Make a decision durable."""
-    plan, roster = (digest.hex() for digest in terms.digests)
+    plan, roster = (part.hex() for part in terms.digests)
     decision = Decision(plan, roster, accepted, rule)
     if decision != stored_decision(study):
         write_json(study.decision, vars(decision))

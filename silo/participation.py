@@ -57,8 +57,11 @@ _WAIT_SECONDS = 20
 _LOOK_SECONDS = 5.0
 _LONGEST_REASON = 500
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
-# What may be different the next time: a message out of place, a session that is over, a full disk.
-_PASSING = (UnexpectedEvent, MalformedMessage, RefusedByCoordinator, SessionOver, OSError)
+# What no honest coordinator asks of this site.
+_REFUSED = (Refused, ProposalRefused, UnexpectedEvent, MalformedMessage)
+# What may be different the next time: a session that is over, a full disk.
+_PASSING = (RefusedByCoordinator, SessionOver, OSError)
+_MOST_REFUSALS = 1000
 _POINTS = {
     Step.ADVERTISE: "after-advertise",
     Step.SHARE: "after-share",
@@ -91,7 +94,7 @@ class Participation:
         self._outcomes = Outcomes(study.outcomes)
         self._delay = _FIRST_DELAY
         self._reports: set[asyncio.Task[None]] = set()
-        self._refused: set[int] = set()
+        self._refused: set[tuple[int, str]] = set()
         self._log = structlog.get_logger(__name__).bind(study=study.name)
 
     async def run(self) -> None:
@@ -111,7 +114,7 @@ class Participation:
             settled = self._outcomes.settled
             task = await self._tools.client.next_task(self._study.name, settled, _WAIT_SECONDS)
             await self._answer(task)
-        except (Refused, ProposalRefused) as error:
+        except _REFUSED as error:
             await self._refuse(task, error, str(error))
         except (DataError, WorkFailed) as error:
             # The text may hold paths and file names; it stays in this site's own log.
@@ -122,9 +125,16 @@ class Participation:
             self._delay = _FIRST_DELAY
 
     async def _refuse(self, task: pb.Task | None, error: Exception, reason: str) -> None:
-        if task is not None and task.session and task.session not in self._refused:
-            self._refused.add(task.session)
-            self._log.error("refused", session=task.session, reason=str(error))
+        """Into this site's log and to the study centre, once for each session and reason: a
+        second attempt of another kind in the same session is not to be lost behind the first."""
+        key = (task.session, str(error)) if task is not None else (0, "")
+        if task is not None and task.session and key not in self._refused:
+            if len(self._refused) >= _MOST_REFUSALS:
+                self._refused.clear()
+            self._refused.add(key)
+            self._log.error(
+                "refused", session=task.session, task=task.WhichOneof("task"), reason=str(error)
+            )
             try:
                 said = "".join(c for c in reason if c.isprintable())[:_LONGEST_REASON]
                 await self._tools.client.report_refusal(self._study.name, task.session, said)
@@ -261,8 +271,6 @@ class Participation:
                 path = self._protocol.masked_vector(context)
                 digest = MaskedInput.decode(send.message.body).vector
                 await self._tools.client.upload(self._study.name, task.session, path, digest)
-            if send.message.step is Step.COMPLAIN:
-                self._log.error("a silo's keys contradict its header", session=task.session)
             await self._tools.client.submit(_submission(task, send))
             if context is not None and send.message.step in _POINTS:
                 failpoints.reach(_POINTS[send.message.step], context.quantity)

@@ -226,7 +226,7 @@ class Plan(Spec):
 
     def digest(self) -> bytes:
         """SHA-256 of the canonical text: 32 bytes."""
-        return hashlib.sha256(b"concilium/plan/1\n" + self.toml().encode()).digest()
+        return text_digest(self.toml())
 
     def validate_roster(self, silos: int) -> Quorum:
         """t and c for N = `silos`; raises PlanError where the plan cannot be run with so many."""
@@ -261,6 +261,11 @@ class Plan(Spec):
                 "add [warm_up] with `steps = …`"
             )
         return self
+
+
+def text_digest(text: str) -> bytes:
+    """SHA-256 of a plan's canonical text: 32 bytes."""
+    return hashlib.sha256(b"concilium/plan/1\n" + text.encode()).digest()
 
 
 def load_plan(source: Path | str) -> Plan:

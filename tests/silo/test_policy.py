@@ -112,6 +112,13 @@ def test_automatic_approval_is_for_the_first_terms_only(study: StudyHome) -> Non
     assert decide(study, changed, config(automatic=True), IDENTITY) is None
 
 
+def test_automatic_approval_is_for_the_first_study_of_a_site_only(study: StudyHome) -> None:
+    pin(study, Terms(PLAN, ROSTER))
+    another = SiloHome(study.path.parent.parent).study("another")
+    terms = Terms(PLAN, replace(ROSTER, study="another"))
+    assert decide(another, terms, config(automatic=True), IDENTITY) is None
+
+
 def test_a_roster_never_rolls_back(study: StudyHome) -> None:
     pin(study, Terms(PLAN, replace(ROSTER, epoch=2)))
     decision = decide(study, Terms(PLAN, ROSTER), config(automatic=True), IDENTITY)
