@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from diffusion.execution import Execution
+from diffusion.labels import Labels
 from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from diffusion.training import Images, TrainResult, train
 
@@ -22,9 +23,11 @@ def calibrate(
     optimizer: OptimizerSpec,
     seed: int,
     execution: Execution,
+    labels: Labels | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
-    """Take `steps` steps at `learning_rate` on `auxiliary` (uint8 (n, c, h, w)), in place.
+    """Take `steps` steps at `learning_rate` on `auxiliary` (uint8 (n, c, h, w)), in place; with
+    their `labels` (int64 (n,)) where the model is conditional.
 
     Everything else is the optimiser the silos use; its warm-up is skipped, since the model is
     trained already. Give each correction its own seed. Raises ValueError as `train` does.
@@ -39,5 +42,6 @@ def calibrate(
         optimizer=corrector,
         seed=seed,
         execution=execution,
+        labels=labels,
         progress=progress,
     )

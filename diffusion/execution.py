@@ -39,11 +39,18 @@ class Execution:
         if self.fused_norms:
             apply_to_unet(model)
 
-    def predict(self, model: nn.Module, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's output for x_t (B, c, h, w) and t int64 (B,), in its compute dtype."""
+    def predict(
+        self,
+        model: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The network's output for x_t (B, c, h, w), t and, where it is conditional, labels int64
+        (B,), in its compute dtype."""
         x_t = x_t.contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            prediction: torch.Tensor = model(x_t, t, return_dict=False)[0]
+            prediction: torch.Tensor = model(x_t, t, labels, return_dict=False)[0]
         return prediction
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffusion.execution import Execution
+from diffusion.labels import Labels, check_labels
 from diffusion.schedule import alpha_bar
 from diffusion.spec import ObjectiveSpec, ScheduleSpec
 from kernels import ddpm_loss, q_sample
@@ -30,19 +31,22 @@ def loss_table(
     objective: ObjectiveSpec,
     seed: int,
     execution: Execution,
+    labels: Labels | None = None,
     bins: int = 10,
     batch_size: int = 256,
 ) -> NDArray[np.float32]:
     """Loss of every image (uint8 (n, c, h, w)) in every bin of timesteps: float32 (n, bins).
 
     Bin j covers t = ⌊jT/bins⌋ … ⌊(j + 1)T/bins⌋ − 1. Image i is given one timestep and one noise
-    in each bin, functions of (seed, i, j).
+    in each bin, functions of (seed, i, j). A conditional model is given every image's label (int64
+    (n,)).
 
-    Raises ValueError when there are more bins than timesteps.
+    Raises ValueError when there are more bins than timesteps, and for labels that do not fit.
     """
     steps = schedule.num_train_timesteps
     if not 1 <= bins <= steps:
         raise ValueError(f"bins = {bins} must be between 1 and num_train_timesteps = {steps}")
+    check_labels(model, labels, len(images), null=True)
     execution.place(model)
     model.eval()
     device = execution.device
@@ -53,13 +57,16 @@ def loss_table(
     for start in range(0, len(images), batch_size):
         x_0 = torch.tensor(images[start : start + batch_size], device=device)
         row = torch.arange(start, start + len(x_0), device=device)
+        known = None
+        if labels is not None:
+            known = torch.tensor(labels[start : start + len(x_0)], device=device)
         for j in range(bins):
             low, high = j * steps // bins, (j + 1) * steps // bins
             step = torch.tensor([j], device=device)
             t = low + timesteps(high - low, key=timestep_key, sample_id=row, step=step)
             x_t = q_sample(x_0, t, bars, key=noise_key, sample_id=row, step=step)
             losses = ddpm_loss(
-                execution.predict(model, x_t, t),
+                execution.predict(model, x_t, t, known),
                 x_0,
                 t,
                 bars,
@@ -81,6 +88,7 @@ def fixed_loss(
     objective: ObjectiveSpec,
     seed: int,
     execution: Execution,
+    labels: Labels | None = None,
     bins: int = 10,
 ) -> float:
     """Mean of `loss_table`: an estimate of the DDPM loss that is comparable between models."""
@@ -91,6 +99,7 @@ def fixed_loss(
         objective=objective,
         seed=seed,
         execution=execution,
+        labels=labels,
         bins=bins,
     )
     return float(table.mean(dtype=np.float64))

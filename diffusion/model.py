@@ -34,7 +34,8 @@ class ModelFileError(ValueError):
 def build_model(spec: ModelSpec) -> nn.Module:
     """The diffusers.UNet2DModel of `spec`, its weights still arbitrary (see `initialise`).
 
-    forward(x_t (B, c, h, w), t int64 (B,)).sample -> (B, c, h, w).
+    forward(x_t (B, c, h, w), t int64 (B,)).sample -> (B, c, h, w); a model with classes takes
+    labels int64 (B,) as its third argument, K for "any class".
     """
     down = ["AttnDownBlock2D" if used else "DownBlock2D" for used in spec.attention]
     up = ["AttnUpBlock2D" if used else "UpBlock2D" for used in reversed(spec.attention)]
@@ -49,6 +50,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         add_attention=spec.mid_attention,
         attention_head_dim=spec.attention_head_dim,
         norm_num_groups=spec.norm_num_groups,
+        num_class_embeds=None if spec.classes is None else spec.classes + 1,
     )
     return model
 
@@ -56,8 +58,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
 def initialise(model: nn.Module, seed: int) -> None:
     """Set every parameter from `seed` and its own name, to the same bits on every machine.
 
-    Convolutions and linear layers: U(−b, b) with b = 1/√fan_in, torch's default; norms: ones and
-    zeros. Each draw u is a multiple of 2⁻²⁴ in [0, 1) from the Philox stream of (seed, name); the
+    Convolutions and linear layers: U(−b, b) with b = 1/√fan_in, torch's default; class embeddings:
+    b = √3, for the variance of torch's default; norms: ones and zeros. Each draw u is a multiple of 2⁻²⁴ in [0, 1) from the Philox stream of (seed, name); the
     weight is (2u − 1 + 2⁻²⁴)·b in float64, rounded once to float32.
 
     Raises TypeError for a layer whose default is not known here.
@@ -72,8 +74,9 @@ def initialise(model: nn.Module, seed: int) -> None:
 def _initial_values(module: nn.Module, name: str, parameter: nn.Parameter, seed: int) -> Vector:
     if isinstance(module, nn.GroupNorm):
         return np.full(parameter.numel(), float(name.endswith("weight")), dtype=np.float32)
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        bound = 1.0 / math.sqrt(module.weight[0].numel())
+    if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
+        fan_in = 1 / 3 if isinstance(module, nn.Embedding) else module.weight[0].numel()
+        bound = 1.0 / math.sqrt(fan_in)
         key = torch.tensor(derive_key(seed, f"initialise {name}"))
         zero = torch.zeros(1, dtype=torch.int64)
         u = uniform((1, parameter.numel()), key=key, sample_id=zero, step=zero)[0].double().numpy()

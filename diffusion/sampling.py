@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 from diffusion.execution import Execution
+from diffusion.labels import Labels, check_labels, classes_of
 from diffusion.schedule import sampling_scheduler
 from diffusion.spec import ObjectiveSpec, SamplerSpec, ScheduleSpec
 from kernels.noise import derive_key, normal
@@ -31,6 +34,7 @@ def sample(
     sampler: SamplerSpec,
     seed: int,
     execution: Execution,
+    labels: Labels | None = None,
     batch_size: int = 256,
     first_index: int = 0,
 ) -> Images:
@@ -38,24 +42,95 @@ def sample(
 
     All noise of an image is a function of (seed, its number): batch size and place in the batch
     change nothing but the rounding inside the network. Pixels are round((x_0 + 1)·127.5), clipped
-    to 0 … 255.
+    to 0 … 255. A conditional model is given every image's label: int64 (n,), K for any class; the
+    same number under another label is the same noise.
 
-    Raises ValueError when the sampler's steps do not fit the schedule.
+    Raises ValueError when the sampler's steps do not fit the schedule, for labels that do not fit
+    the model, and for a guidance scale other than 1 where there are none.
     """
     sampler.check_against(schedule)
-    execution.place(model)
-    model.eval()
+    eta = 1.0 if sampler.kind == "ddpm" else sampler.eta
+    images = _blank(model, n)
     key = torch.tensor([derive_key(seed, "sampling noise")], device=execution.device)
-    size: Any = model.config
-    images = np.empty((n, size.in_channels, size.sample_size, size.sample_size), dtype=np.uint8)
+    predict = Guided(model, execution, labels, n, sampler.guidance)
     for start in range(0, n, batch_size):
         part = images[start : start + batch_size]
         number = torch.arange(len(part), device=execution.device) + (first_index + start)
         noise = _Noise(part.shape, key, number)
         scheduler = sampling_scheduler(schedule, objective, sampler)
-        x_0 = _denoise(model, scheduler, sampler, noise, execution)
-        part[:] = _to_uint8(x_0)
+        part[:] = _to_uint8(_denoise(predict.part(start, len(part)), scheduler, eta, noise))
     return images
+
+
+@torch.no_grad()
+def sample_published(
+    pipeline: DDPMPipeline,
+    n: int,
+    *,
+    steps: int,
+    seed: int,
+    execution: Execution,
+    labels: Labels | None = None,
+    guidance: float = 1.0,
+    batch_size: int = 256,
+) -> Images:
+    """Images of a published model (`load_pipeline`) by `steps` steps of DDIM, else as `sample`.
+
+    Raises ValueError for labels that do not fit the model, and for guidance without labels.
+    """
+    model: Any = pipeline.unet
+    images = _blank(model, n)
+    key = torch.tensor([derive_key(seed, "sampling noise")], device=execution.device)
+    predict = Guided(model, execution, labels, n, guidance)
+    for start in range(0, n, batch_size):
+        part = images[start : start + batch_size]
+        noise = _Noise(part.shape, key, torch.arange(len(part), device=execution.device) + start)
+        scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(steps)
+        part[:] = _to_uint8(_denoise(predict.part(start, len(part)), scheduler, 0.0, noise))
+    return images
+
+
+def _blank(model: nn.Module, n: int) -> Images:
+    size: Any = model.config
+    return np.empty((n, size.in_channels, size.sample_size, size.sample_size), dtype=np.uint8)
+
+
+class Guided:
+    """A model in its place, as the function (x_t, t) → prediction that a sampler asks: guided
+    towards labels int64 (n,), where it has classes (`diffusion.labels` has the equation)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        execution: Execution,
+        labels: Labels | None,
+        n: int,
+        guidance: float,
+    ) -> None:
+        check_labels(model, labels, n, null=True)
+        if labels is None and guidance != 1.0:
+            raise ValueError(f"guidance = {guidance} needs a model with classes: leave it out")
+        execution.place(model)
+        self._model, self._execution, self._guidance = model.eval(), execution, guidance
+        self._labels, self._null = labels, classes_of(model)
+
+    def part(self, start: int, n: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The function for images `start` … `start + n − 1`; its t is int64 (n,)."""
+        model, predict, s = self._model, self._execution.predict, self._guidance
+        if self._labels is None:
+            return lambda x_t, t: predict(model, x_t, t).float()
+        known = torch.tensor(self._labels[start : start + n], device=self._execution.device)
+        if s == 1.0:
+            return lambda x_t, t: predict(model, x_t, t, known).float()
+        both = torch.cat([torch.full_like(known, self._null or 0), known])
+
+        def guided(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            doubled = predict(model, torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
+            anything, wanted = doubled.chunk(2)
+            return anything + s * (wanted - anything)
+
+        return guided
 
 
 class _Noise:
@@ -70,13 +145,14 @@ class _Noise:
 
 
 def _denoise(
-    model: nn.Module, scheduler: Any, sampler: SamplerSpec, noise: _Noise, execution: Execution
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scheduler: Any,
+    eta: float,
+    noise: _Noise,
 ) -> torch.Tensor:
     x_t = noise(0)
-    eta = 1.0 if sampler.kind == "ddpm" else sampler.eta
     for k, t in enumerate(scheduler.timesteps):
-        times = t.to(execution.device).expand(len(x_t))
-        prediction = execution.predict(model, x_t, times).float()
+        prediction = predict(x_t, t.to(x_t.device).expand(len(x_t)))
         options: dict[str, Any] = {}
         if isinstance(scheduler, DDIMScheduler):
             options = {"eta": eta, "use_clipped_model_output": True}

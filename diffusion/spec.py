@@ -54,6 +54,10 @@ class ModelSpec(Spec):
     norm_num_groups: Annotated[int, Field(ge=1, le=256)] = 8
     """Groups of every GroupNorm."""
 
+    classes: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """K of a class-conditional model, whose images have labels 0 … K − 1; absent = unconditional.
+    The network has K + 1 class embeddings, the last for "any class" (arXiv 2207.12598)."""
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         widths, levels = self.block_out_channels, len(self.block_out_channels)
@@ -133,6 +137,9 @@ class ObjectiveSpec(Spec):
     snr_gamma: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     """Min-SNR weighting (arXiv 2303.09556) with this gamma; absent = the unweighted loss."""
 
+    label_dropout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the labels replaced by "any class" in training (conditional models only)."""
+
 
 class OptimizerSpec(Spec):
     """AdamW (arXiv 1711.05101), batch size and the exponential moving average of the weights."""
@@ -173,6 +180,10 @@ class SamplerSpec(Spec):
 
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of fresh noise per step of ddim: 0 = deterministic, 1 = as much as ddpm."""
+
+    guidance: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    """Scale of classifier-free guidance (conditional models only): 1 = none, larger = more typical
+    of the class and less diverse, 0 = any class. Every value but 1 doubles the network's work."""
 
     @model_validator(mode="after")
     def _eta_belongs_to_ddim(self) -> Self:

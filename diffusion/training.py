@@ -3,7 +3,7 @@
     L(theta) = E_{x_0, t, eps} w(t)·mean((f_theta(x_t, t) − target)²)
     g        = clip(∇L)  [+ mu·(theta − anchor), FedProx]  [+ c − c_i, SCAFFOLD]
 
-Batches, timesteps and noise are functions of (seed, step), so that a run which was interrupted and
+Batches, timesteps, noise and dropped labels are functions of (seed, step), so that a run which was interrupted and
 resumed from its checkpoint ends in the same bits as one that was not.
 """
 
@@ -21,6 +21,7 @@ from diffusion.batches import BatchOrder
 from diffusion.checkpoint import Checkpoint
 from diffusion.execution import Execution
 from diffusion.flat import FlatParameters
+from diffusion.labels import Labels, check_labels, classes_of, drop_labels
 from diffusion.model import Vector
 from diffusion.schedule import alpha_bar
 from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
@@ -69,6 +70,7 @@ def train(
     optimizer: OptimizerSpec,
     seed: int,
     execution: Execution,
+    labels: Labels | None = None,
     first_step: int = 0,
     ema: Vector | None = None,
     proximal: tuple[Vector, float] | None = None,
@@ -80,6 +82,7 @@ def train(
 ) -> TrainResult:
     """Take `steps` steps of AdamW on `images` (uint8 (n, c, h, w), array or memmap), in place.
 
+    labels       int64 (n,), for a conditional model: of each image its class
     first_step   number of the first step within the whole training: batches, noise, learning-rate
                  warm-up and EMA ramp go on from there
     ema          the moving average so far; None starts it at the model's weights
@@ -93,15 +96,17 @@ def train(
     Under an initialised `torch.distributed` every process takes its share of each batch and all end
     with the same weights.
 
-    Raises ValueError for images that are not uint8 (n, c, h, w).
+    Raises ValueError for images that are not uint8 (n, c, h, w), and for labels that do not fit.
     """
     _check_images(images)
+    check_labels(model, labels, len(images))
     run = _Run(model, schedule, objective, optimizer, seed, execution)
     run.begin(first_step, steps, ema, proximal, control, resume)
     order = BatchOrder(len(images), optimizer.batch_size, seed)
     for done in range(run.done, steps):
         indices = order.indices(first_step + done)[run.rows]
-        run.step(torch.from_numpy(images[indices]).to(execution.device))
+        known = None if labels is None else torch.from_numpy(labels[indices]).to(execution.device)
+        run.step(torch.from_numpy(images[indices]).to(execution.device), known)
         if progress:
             progress(done + 1, float(run.losses[done]))
         if save and (done + 1) % save_every == 0 and done + 1 < steps:
@@ -135,6 +140,8 @@ class _Run:
         self.alpha_bar = alpha_bar(schedule).to(self.device)
         self.noise_key = torch.tensor(derive_key(seed, "training noise"), device=self.device)
         self.timestep_key = torch.tensor(derive_key(seed, "training timesteps"), device=self.device)
+        self.label_key = torch.tensor(derive_key(seed, "label dropout"), device=self.device)
+        self.classes = classes_of(model)
         self.processes, self.rows = _share_of_batch(optimizer.batch_size)
         self.sample_id = torch.arange(optimizer.batch_size, device=self.device)[self.rows]
         self.flat = FlatParameters(model)
@@ -179,10 +186,10 @@ class _Run:
         self.done = len(resume.losses)
         self.losses[: self.done] = torch.from_numpy(resume.losses)
 
-    def step(self, x_0: torch.Tensor) -> None:
+    def step(self, x_0: torch.Tensor, labels: torch.Tensor | None) -> None:
         gradient, o = self.flat.gradient.zero_(), self.optimizer
         (step, count), (rate, decay) = self.numbers[self.done], self.rates[self.done]
-        loss = self._loss(x_0, step)
+        loss = self._loss(x_0, labels, step)
         loss.backward()
         self.losses[self.done] = _mean_over_processes(loss.detach(), self.processes)
         self.done += 1
@@ -207,11 +214,18 @@ class _Run:
             control=self.control,
         )
 
-    def _loss(self, x_0: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self, x_0: torch.Tensor, labels: torch.Tensor | None, step: torch.Tensor
+    ) -> torch.Tensor:
         key, table, row = self.noise_key, self.alpha_bar, self.sample_id
         t = timesteps(len(table), key=self.timestep_key, sample_id=row, step=step)
         x_t = q_sample(x_0, t, table, key=key, sample_id=row, step=step)
-        prediction = self.execution.predict(self.model, x_t, t)
+        if labels is not None and self.classes is not None:
+            rate, label_key = self.objective.label_dropout, self.label_key
+            labels = drop_labels(
+                labels, rate, self.classes, key=label_key, sample_id=row, step=step
+            )
+        prediction = self.execution.predict(self.model, x_t, t, labels)
         return ddpm_loss(
             prediction,
             x_0,

@@ -14,6 +14,8 @@ def parameter_count(spec: ModelSpec) -> int:
     middle = widths[-1]
     total += 2 * _resnet(middle, middle, time) + spec.mid_attention * _attention(middle)
     total += 2 * widths[0] + _conv(widths[0], spec.channels)
+    if spec.classes is not None:
+        total += (spec.classes + 1) * time
     return total
 
 

@@ -25,6 +25,7 @@ from diffusion.spec import (
     Spec,
 )
 from study.problems import PlanError, explain
+from study.reservation import LABEL_BYTES
 from study.strategies import AnyStrategy, FedAvg
 
 Seconds = Annotated[float, Field(gt=0.0, le=30 * 86_400)]
@@ -200,6 +201,13 @@ class Plan(Spec):
     evaluation: Evaluation | None = None
 
     @property
+    def record_size(self) -> int:
+        """Bytes of one record of the anonymous union (`study.reservation`)."""
+        channels, height, width = self.data.shape
+        label = 0 if self.model.classes is None else LABEL_BYTES
+        return 1 + label + channels * height * width
+
+    @property
     def first_clip(self) -> float:
         """The clip of every tensor in the first round, a float32 value.
 
@@ -250,6 +258,11 @@ class Plan(Spec):
             self.sampler.check_against(self.schedule)
         except ValueError as error:
             raise ValueError(f"sampler.{error}") from error
+        if self.model.classes is None and self.sampler.guidance != 1.0:
+            raise ValueError(
+                f"sampler.guidance = {self.sampler.guidance} needs a model with classes: leave it "
+                "out, or set model.classes"
+            )
         if self.strategy.correction and self.auxiliary is None:
             raise ValueError(
                 f'strategy.kind = "{self.strategy.kind}" corrects on auxiliary images: '

@@ -4,7 +4,8 @@ Two secure sums. In the first every silo adds random non-zero 32-bit tags at ran
 long vector (one per image it brings). A silo that finds its own tag intact in the sum owns that
 slot; where tags met, nobody does. In the second every silo adds its images, each in the record of
 a slot it owns, the occupied slots being renumbered without gaps; a record is a marker byte 1 and
-the image's bytes.
+the image's bytes, in a conditional study with the label's before them: a label travels as the image
+does, and as little as that of an image is it known whose it is.
 
 What the sums show. The k slots of a silo are drawn independently, repetitions included, so that
 the first sum is distributed as Σk independent draws by *one* silo: it depends on Σk alone, not on
@@ -29,6 +30,9 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+LABEL_BYTES = 2
+_LABEL = np.dtype("<u2")
 
 Entropy: TypeAlias = Callable[[int], bytes]
 """n → n unpredictable bytes; `secrets.token_bytes` in production."""
@@ -110,3 +114,18 @@ def collect(total: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint
         raise ValueError(f"{total.size} bytes are no whole number of records of {size}")
     records = total.reshape(-1, size)
     return records[records[:, 0] == 1, 1:].reshape(-1, *shape)
+
+
+def with_labels(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 [k, LABEL_BYTES + s]: each image (uint8 [k, …], s bytes) after its label, 0 … 65,535,
+    in little-endian order."""
+    front = labels.astype(_LABEL).view(np.uint8).reshape(len(images), LABEL_BYTES)
+    return np.concatenate([front, images.reshape(len(images), math.prod(images.shape[1:]))], axis=1)
+
+
+def split_labels(
+    records: NDArray[np.uint8], shape: tuple[int, ...]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The inverse of `with_labels`: images uint8 [k, *shape] and labels int64 [k]."""
+    labels = np.ascontiguousarray(records[:, :LABEL_BYTES]).view(_LABEL)[:, 0].astype(np.int64)
+    return records[:, LABEL_BYTES:].reshape(len(records), *shape), labels

@@ -65,6 +65,7 @@ def test_the_sentence_says_what_is_asked_and_what_is_allowed() -> None:
     "spec",
     [
         ModelSpec(image_size=8, block_out_channels=(32, 64), attention=(False, True)),
+        ModelSpec(image_size=8, block_out_channels=(32,), attention=(True,), classes=7),
         ModelSpec(
             image_size=16,
             channels=3,

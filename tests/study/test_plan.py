@@ -119,6 +119,12 @@ def test_any_title_survives_the_canonical_text(title):
         ("[16, 32]", "[16, 0]", r"model\.block_out_channels\[1\] = 0: use at least 1"),
         ("[16, 32]", "[16, 60]", r"model\.norm_num_groups = 8 does not divide 60"),
         ("steps = 50", "steps = 37", r"sampler\.steps = 37 does not divide .* use 40"),
+        (
+            "steps = 50",
+            "steps = 50\nguidance = 2.0",
+            r"sampler\.guidance = 2\.0 needs a model with cl",
+        ),
+        ("[model]", "[model]\nclasses = 0", r"model\.classes = 0: use at least 1"),
         ("[model]", "[model]\nimage_size = 16", r"model\.image_size = 16 differs from data\.image"),
         ("tau = 0.05", "tau = nan", r"strategy\.tau = NaN: use a finite number"),
         ('name = "digits"', 'name = "My digits"', r'study\.name = "My digits": use text that mat'),
@@ -226,3 +232,12 @@ def test_the_local_learning_rate_falls_geometrically_to_its_final_share():
     assert np.allclose(np.diff(np.log(rates)), np.log(0.1) / (plan.rounds.count - 1))
     constant = load_plan(MINIMAL)
     assert constant.optimizer_of(1) == constant.optimizer
+
+
+def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
+    plain = load_plan(EXAMPLE)
+    conditional = load_plan(EXAMPLE.replace("[model]", "[model]\nclasses = 10"))
+    assert conditional.model.classes == 10
+    assert conditional.digest() != plain.digest()
+    assert conditional.record_size == plain.record_size + 2 == 1 + 2 + 64
+    assert load_plan(conditional.toml()) == conditional

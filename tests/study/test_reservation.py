@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from study.reservation import collect, images_vector, renumber, reserve, share
+from study.reservation import (
+    collect,
+    images_vector,
+    renumber,
+    reserve,
+    share,
+    split_labels,
+    with_labels,
+)
 
 SHAPE = (1, 2, 3)
 
@@ -125,3 +133,18 @@ def test_what_does_not_fit_together_is_refused():
         draw.won(np.zeros(9, np.uint32))
     with pytest.raises(ValueError, match="8 bytes are no whole number of records of 7"):
         collect(np.zeros(8, np.uint8), SHAPE)
+
+
+def test_labels_travel_with_their_images():
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, size=(40, *SHAPE), dtype=np.uint8)
+    labels = draw.integers(0, 1000, size=40)
+    mine = reserve(40, 400, entropy(5))
+    first = mine.vector()
+    records = collect(
+        images_vector(with_labels(images, labels), mine, first), (2 + np.prod(SHAPE),)
+    )
+    found, known = split_labels(records, SHAPE)
+    sent = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    assert len(found) == mine.won(first).sum() > 30
+    assert all(sent[image.tobytes()] == label for image, label in zip(found, known, strict=True))
