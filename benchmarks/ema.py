@@ -5,8 +5,8 @@
 FedAvg, five silos of two classes each, equal weights, no secure sum (which adds rounding only).
 
     raw         the aggregate θ_r
-    rounds β    e_r = b_r e_{r−1} + (1 − b_r) θ_r,  b_r = min(β, (1 + r)/(10 + r)): the coordinator's
-                to compute, free of any protocol
+    rounds β    e_r = b_r e_{r−1} + (1 − b_r) θ_r,  b_r = min(β, (1 + r)/(10 + r)): the
+                coordinator's to compute, free of any protocol
     ema deltas  every silo sends ē_i − θ_r instead of θ_i − θ_r, where ē_i is the moving average of
                 its local steps, begun anew in each round
 

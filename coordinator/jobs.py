@@ -79,8 +79,11 @@ def write_pipeline(plan_text: str, model: Path, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def held_out_loss(machine: Machine, plan_text: str, model: Path, images: Path) -> float:
-    """DDPM loss on auxiliary images (.npy, uint8 [n, c, h, w]), timesteps and noise fixed."""
+def held_out_loss(
+    machine: Machine, plan_text: str, model: Path, images: Path, labels: Path | None
+) -> float:
+    """DDPM loss on auxiliary images (.npy, uint8 [n, c, h, w]) with labels (.npy, int64 [n]) where
+    the model is conditional; timesteps and noise are fixed."""
     from diffusion.loss import fixed_loss
 
     plan = load_plan(plan_text)
@@ -91,6 +94,7 @@ def held_out_loss(machine: Machine, plan_text: str, model: Path, images: Path) -
         objective=plan.objective,
         seed=plan.study.seed,
         execution=machine.execution(),
+        labels=_labels(labels),
     )
 
 
@@ -99,6 +103,7 @@ def correct(
     plan_text: str,
     model: Path,
     images: Path,
+    labels: Path | None,
     steps: int,
     learning_rate: float,
     round: int,
@@ -120,6 +125,7 @@ def correct(
         optimizer=plan.optimizer,
         seed=plan.study.seed + round,
         execution=machine.execution(),
+        labels=_labels(labels),
     )
     to_vector(network).astype(_MODEL).tofile(out)
     return result.loss_sum / result.steps
@@ -167,8 +173,10 @@ def frechet_distance(
 def _samples(
     machine: Machine, plan: Plan, model: nn.Module, images: int, *, first: int
 ) -> NDArray[np.uint8]:
+    from diffusion.labels import even_labels
     from diffusion.sampling import sample
 
+    classes = plan.model.classes
     return sample(
         model,
         images,
@@ -177,8 +185,13 @@ def _samples(
         sampler=plan.sampler,
         seed=plan.study.seed,
         execution=machine.execution(),
+        labels=None if classes is None else even_labels(images, classes),
         first_index=first,
     )
+
+
+def _labels(path: Path | None) -> NDArray[np.int64] | None:
+    return None if path is None else np.load(path)
 
 
 def _load(plan: Plan, path: Path) -> nn.Module:

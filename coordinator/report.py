@@ -72,9 +72,10 @@ def _body(results: Json) -> Json:
     census, union, moments = (results.get(k, {}) for k in ("census", "auxiliary", "moments"))
     numbers = range(1, len(results) + 1)
     rounds = [_round(results, n) for n in numbers if f"round {n:05} model" in results]
+    of_union = ("images", "held_out_images", "labels")
     return {
         "images": census.get("count"),
-        "auxiliary": {key: union[key] for key in ("images", "held_out_images") if key in union},
+        "auxiliary": {key: union[key] for key in of_union if key in union},
         "features_of": moments.get("silos", []),
         "rounds": rounds,
         "seconds": _seconds(results),

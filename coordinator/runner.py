@@ -250,6 +250,7 @@ class Runner:
             self._text,
             path(bytes.fromhex(step["model"])),
             path(bytes.fromhex(auxiliary["held_out"])),
+            self._labels(auxiliary, "held_out"),
         )
         history = [*await self._history(number), RoundRecord(number, loss)]
         decision = self._plan.strategy.decide(history)
@@ -277,6 +278,7 @@ class Runner:
             self._text,
             path(bytes.fromhex(step["model"])),
             path(bytes.fromhex(auxiliary["training"])),
+            self._labels(auxiliary, "training"),
             correction.steps,
             correction.learning_rate,
             number,
@@ -285,10 +287,20 @@ class Runner:
         model = await self._keep_model(out)
         held_out = path(bytes.fromhex(auxiliary["held_out"]))
         after = await self._worker.run(
-            jobs.held_out_loss, self._machine, self._text, path(model), held_out
+            jobs.held_out_loss,
+            self._machine,
+            self._text,
+            path(model),
+            held_out,
+            self._labels(auxiliary, "held_out"),
         )
         changed = {"model": model.hex(), "training_loss": training, "loss_after": after}
         return {**step, **changed}
+
+    def _labels(self, auxiliary: Json, part: str) -> Path | None:
+        """The labels of a part of the auxiliary set, where the model is conditional."""
+        sha256 = auxiliary.get(f"{part}_labels")
+        return None if sha256 is None else self._tools.artifacts.path(bytes.fromhex(sha256))
 
     async def _grid(self, number: int, step: Json) -> Json:
         png = self._home.study(self._live.id) / "grids" / f"round-{number:03}.png"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +21,9 @@ from coordinator.sessions import SessionEnd, Tools
 from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, StudyFailed, Summing
 from secagg.masking import DTYPES
+from study.plan import Plan
 from study.quantity import ImagesWork, TagsWork
-from study.reservation import collect, renumber
+from study.reservation import collect, renumber, split_labels
 
 Json = dict[str, Any]
 Once = Callable[[str, Callable[[], Awaitable[Json]]], Awaitable[Json]]
@@ -37,7 +37,8 @@ async def collect_union(
     count: int,
     once: Once,
 ) -> Json:
-    """{training, held_out}: artifacts (.npy, uint8 [n, c, h, w]), and how many images each has.
+    """{training, held_out}: artifacts (.npy, uint8 [n, c, h, w]), and how many images each has; in
+    a conditional study also {training_labels, held_out_labels} (.npy, int64 [n]).
 
     Raises StudyFailed where the attempts that the plan allows are used up.
     """
@@ -91,7 +92,7 @@ async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Jso
     work = ImagesWork(
         tags=total,
         occupied=tags["occupied"],
-        record_size=1 + math.prod(live.plan.data.shape),
+        record_size=live.plan.record_size,
     )
     sha256 = bytes.fromhex(total)
     end: SessionEnd = await summing.sum(
@@ -118,22 +119,39 @@ def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:
     total = np.frombuffer(
         tools.artifacts.read(bytes.fromhex(images["session"]["sum"])), dtype=np.uint8
     )
-    union = collect(total, live.plan.data.shape)
+    union, labels = _images_and_labels(live.plan, total)
     held = max(1, round(len(union) * correction.held_out))
     if len(union) <= held:
         raise StudyFailed(
             f"the union holds {len(union)} images, too few to hold {held} out: raise "
             "auxiliary.images in the plan"
         )
+    parts = {"training": slice(held, None), "held_out": slice(held)}
+    named: dict[str, NDArray[Any]] = {name: union[part] for name, part in parts.items()}
+    histogram = {}
+    if labels is not None:
+        named |= {f"{name}_labels": labels[part] for name, part in parts.items()}
+        histogram = {"labels": np.bincount(labels, minlength=live.plan.model.classes or 0).tolist()}
     return {
-        "training": tools.artifacts.put(_npy(union[held:])).hex(),
-        "held_out": tools.artifacts.put(_npy(union[:held])).hex(),
+        **{name: tools.artifacts.put(_npy(array)).hex() for name, array in named.items()},
+        **histogram,
         "images": len(union),
         "held_out_images": held,
     }
 
 
-def _npy(images: NDArray[np.uint8]) -> bytes:
+def _images_and_labels(
+    plan: Plan, total: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    if plan.model.classes is None:
+        return collect(total, plan.data.shape), None
+    images, labels = split_labels(collect(total, (plan.record_size - 1,)), plan.data.shape)
+    # A silo can send anything: a label that is none would end the correction.
+    known = labels < plan.model.classes
+    return images[known], labels[known]
+
+
+def _npy(array: NDArray[Any]) -> bytes:
     content = io.BytesIO()
-    np.save(content, np.ascontiguousarray(images))
+    np.save(content, np.ascontiguousarray(array))
     return content.getvalue()

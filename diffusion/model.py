@@ -59,8 +59,9 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Set every parameter from `seed` and its own name, to the same bits on every machine.
 
     Convolutions and linear layers: U(−b, b) with b = 1/√fan_in, torch's default; class embeddings:
-    b = √3, for the variance of torch's default; norms: ones and zeros. Each draw u is a multiple of 2⁻²⁴ in [0, 1) from the Philox stream of (seed, name); the
-    weight is (2u − 1 + 2⁻²⁴)·b in float64, rounded once to float32.
+    b = √3, for the variance of torch's default; norms: ones and zeros. Each draw u is a multiple of
+    2⁻²⁴ in [0, 1) from the Philox stream of (seed, name); the weight is (2u − 1 + 2⁻²⁴)·b in
+    float64, rounded once to float32.
 
     Raises TypeError for a layer whose default is not known here.
     """

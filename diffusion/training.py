@@ -3,8 +3,8 @@
     L(theta) = E_{x_0, t, eps} w(t)·mean((f_theta(x_t, t) − target)²)
     g        = clip(∇L)  [+ mu·(theta − anchor), FedProx]  [+ c − c_i, SCAFFOLD]
 
-Batches, timesteps, noise and dropped labels are functions of (seed, step), so that a run which was interrupted and
-resumed from its checkpoint ends in the same bits as one that was not.
+Batches, timesteps, noise and dropped labels are functions of (seed, step), so that a run which was
+interrupted and resumed from its checkpoint ends in the same bits as one that was not.
 """
 
 from __future__ import annotations

@@ -206,7 +206,22 @@ def status(home: Path) -> dict[str, Any]:
     stored: dict[str, Any] | None = read_json(SiloHome(home).status)
     if stored is None:
         return {"running": False, "studies": {}}
+    for study in SiloHome(home).studies():
+        if study.name in stored["studies"] and (found := _audits(study)):
+            stored["studies"][study.name]["audit"] = found
     return stored | {"quiet_seconds": time.time() - stored["written"]}
+
+
+def _audits(study: StudyHome) -> str:
+    """What the memorisation audits of a study found, in a line; empty before the first."""
+    reports = [read_json(path) or {} for path in sorted(study.pool.glob("audit-*.json"))]
+    if not reports:
+        return ""
+    dropped, samples = (sum(report[key] for report in reports) for key in ("dropped", "samples"))
+    return (
+        f"{dropped} of {samples} synthetic images dropped as too near a real one "
+        f"(figures and pictures: {study.pool / 'audit-*'})"
+    )
 
 
 def _roster_text(study: StudyHome) -> str:

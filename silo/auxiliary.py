@@ -1,7 +1,8 @@
 """This site's part of the anonymous union: synthetic images, audited here, each offered once.
 
     pool/weights.npy           the local DDPM
-    pool/samples-<first>.npy   samples that passed the audit, by the number of their first draw
+    pool/samples-<first>.npy   samples that passed the audit, by the number of their first draw; in
+                               a conditional study each after its label (`study.reservation`)
     pool/pool.json             how many were drawn, which files there are, how many were offered
     pool/reservation-<a>.npz   attempt a: the slots and tags drawn, and which samples they are for
 
@@ -148,11 +149,11 @@ class Auxiliary:
         return filled
 
     def _samples(self, first: int, size: int) -> NDArray[np.uint8]:
-        """Kept samples number `first` … `first + size − 1`: uint8 (size, c, h, w)."""
+        """Kept samples number `first` … `first + size − 1`: uint8 (size, …), a record's bytes."""
         folder = self._home.pool
         parts = [np.load(folder / name, mmap_mode="r") for name in self._pool().files]
         if not parts:
-            return np.zeros((0, *self._plan.data.shape), dtype=np.uint8)
+            return np.zeros((0, self._plan.record_size - 1), dtype=np.uint8)
         everything: NDArray[np.uint8] = np.concatenate(parts)
         return everything[first : first + size]
 

@@ -112,7 +112,7 @@ class SampleLocal(Order["Sampled"]):
     """Number of the first sample: the same seed and number is the same image."""
     samples: int
     kept: Path
-    """Where those that passed go: uint8 .npy (n, c, h, w)."""
+    """Where those that passed go: uint8 .npy, (n, c, h, w), or (n, 2 + c·h·w) with their labels."""
 
 
 @dataclass(frozen=True)

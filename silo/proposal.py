@@ -160,8 +160,7 @@ def _check_tags(work: TagsWork, plan: Plan) -> int:
 
 
 def _check_images(work: ImagesWork, plan: Plan) -> int:
-    channels, height, width = plan.data.shape
-    if plan.auxiliary is None or work.record_size != 1 + channels * height * width:
+    if plan.auxiliary is None or work.record_size != plan.record_size:
         raise ValueError(f"images: records of {work.record_size} bytes are not the plan's images")
     return plan.auxiliary.max_attempts
 

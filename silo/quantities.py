@@ -21,7 +21,7 @@ from secagg.ledger import SessionRecord
 from secagg.roster import Roster
 from silo.auxiliary import Auxiliary, derived_seed
 from silo.config import SiloConfig, data_path
-from silo.data.cache import Cached, open_cache
+from silo.data.cache import Cached, check_classes, open_cache
 from silo.errors import DataError
 from silo.files import move, read_json, write_file, write_json
 from silo.home import SiloHome, StudyHome
@@ -168,6 +168,7 @@ class Quantities:
         note = self._study.path / "data.json"
         pinned = read_json(note)
         if pinned is not None and (known := open_cache(self._home.cache / pinned["cache"])):
+            self._check_labels(known)
             return known
         channels, size, _ = self._plan.data.shape
         source = data_path(self._home, self._config)
@@ -189,8 +190,13 @@ class Quantities:
                 f"the images at {source} are not those that this study began with, and their copy "
                 "in the cache is gone: restore either, or leave the study"
             )
+        self._check_labels(cached)
         write_json(note, {"cache": cached.key, "count": cached.count})
         return cached
+
+    def _check_labels(self, cached: Cached) -> None:
+        if self._plan.model.classes is not None:
+            check_classes(self._plan.model.classes, cached.labels())
 
     async def _run(self, order: Order[R]) -> R:
         progress = self._study.work / "progress"

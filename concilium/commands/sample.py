@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,31 +13,51 @@ import click
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("grid.png"))
 @click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def command(model: Path, count: int, out: Path, steps: int, seed: int) -> None:
-    """Draw images from MODEL, a diffusers folder such as a study publishes, into one PNG."""
-    import numpy as np
-    import torch
-    from diffusers import DDIMPipeline, DDIMScheduler
+@click.option("--label", type=click.IntRange(0), help="Of a conditional model: one class only.")
+@click.option(
+    "--guidance",
+    type=click.FloatRange(0.0, 100.0),
+    help="Of a conditional model: how strongly samples are drawn to their class; 1 = plainly.",
+)
+def command(
+    model: Path,
+    count: int,
+    out: Path,
+    steps: int,
+    seed: int,
+    label: int | None,
+    guidance: float | None,
+) -> None:
+    """Draw images from MODEL, a diffusers folder such as a study publishes, into one PNG.
 
+    A class-conditional model gives as many images of each class, in their order.
+    """
+    import numpy as np
+
+    from diffusion.execution import choose_execution
+    from diffusion.labels import classes_of, even_labels
     from diffusion.model import load_pipeline
-    from diffusion.sampling import grid_png
+    from diffusion.sampling import grid_png, sample_published
 
     try:
         published = load_pipeline(model)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{model} is no model folder: {error}") from error
-    # diffusers is not typed throughout.
-    scheduler: Any = DDIMScheduler.from_config(  # type: ignore[no-untyped-call]
-        published.scheduler.config
+    classes, labels = classes_of(published.unet), None
+    if classes is None and (label is not None or guidance is not None):
+        raise click.UsageError(f"{model} has no classes: leave --label and --guidance out")
+    if classes is not None:
+        if label is not None and label >= classes:
+            raise click.UsageError(f"--label {label}: {model} has the classes 0 to {classes - 1}")
+        labels = even_labels(count, classes) if label is None else np.full(count, label)
+    images = sample_published(
+        published,
+        count,
+        steps=steps,
+        seed=seed,
+        execution=choose_execution(),
+        labels=labels,
+        guidance=1.0 if guidance is None else guidance,
     )
-    pipeline: Any = DDIMPipeline(published.unet, scheduler)  # type: ignore[no-untyped-call]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    drawn = pipeline.to(device)(
-        batch_size=count,
-        generator=torch.Generator(device).manual_seed(seed),
-        num_inference_steps=steps,
-        output_type="np",
-    )
-    images = np.round(drawn.images * 255).astype(np.uint8).transpose(0, 3, 1, 2)
     grid_png(images, out, columns=max(1, round(count**0.5)))
     click.echo(f"{count} images in {out}")

@@ -74,6 +74,20 @@ def cached_labels(folder: Path) -> Labels | None:
     return labels
 
 
+def check_classes(classes: int, labels: Labels | None) -> None:
+    """Raises DataError unless there is a label 0 … classes − 1 for every image."""
+    if labels is None:
+        raise DataError(
+            f"the study's model has {classes} classes, but not every image here has a label: put "
+            "the images into one folder per class, or use a format that holds labels"
+        )
+    if len(labels) and int(labels.max()) >= classes:
+        raise DataError(
+            f"the study's model has {classes} classes, 0 to {classes - 1}, but labels here go up "
+            f"to {int(labels.max())}: correct the labels, or ask for a study of more classes"
+        )
+
+
 def cache_dataset(
     dataset: Dataset, caches: Path, progress: Callable[[int], None] = lambda _: None
 ) -> Cached:

@@ -10,14 +10,29 @@ from numpy.typing import NDArray
 
 from diffusion.audit import audit
 from diffusion.execution import choose_execution
+from diffusion.labels import drawn_labels
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
 from diffusion.training import train
+from silo.data.cache import Labels
+from silo.errors import DataError
 from silo.files import move, sync_file
-from silo.jobs.training import SAVE_EVERY, first_model, read_images, resume_from, save_to
+from silo.jobs.audit import write_audit
+from silo.jobs.training import (
+    SAVE_EVERY,
+    first_model,
+    read_images,
+    read_labels,
+    resume_from,
+    save_to,
+)
 from silo.orders import LocalTrained, Sampled, SampleLocal, TrainLocal
 from silo.worker import ProgressFile
+from study.integers import coarse_count
 from study.plan import load_plan
+from study.reservation import with_labels
+
+FEWEST_OF_A_CLASS = 5
 
 
 def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
@@ -29,6 +44,7 @@ def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
     result = train(
         first_model(plan),
         read_images(order.images),
+        labels=read_labels(plan, order.images),
         steps=steps,
         schedule=plan.schedule,
         objective=plan.objective,
@@ -46,12 +62,21 @@ def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
 
 
 def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
-    """Leaves the samples that are no copies of a training image."""
+    """Leaves the samples that are no copies of a training image, and what the audit found.
+
+    In a conditional study labels are drawn as often as this site has them. Raises DataError where
+    it has too few images of every class.
+    """
     plan = load_plan(order.plan)
     if plan.auxiliary is None:
         raise TypeError("the plan has no [auxiliary]")
     model = build_model(plan.model)
     load_vector(model, np.load(order.weights))
+    known = read_labels(plan, order.images)
+    labels = None
+    if known is not None:
+        weights = label_weights(known)
+        labels = drawn_labels(weights, order.samples, seed=order.seed, first_index=order.first)
     # How many is this site's share of the counts: it is for nobody outside to see.
     progress("sampling", 0, 1)
     samples = sample(
@@ -62,13 +87,32 @@ def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
         sampler=plan.sampler,
         seed=order.seed,
         execution=choose_execution(order.machine.device, order.machine.threads),
+        labels=labels,
         first_index=order.first,
     )
     progress("auditing samples", 0, 1)
     quantile = plan.auxiliary.audit_quantile
-    keep, report = audit(samples, read_images(order.images), quantile=quantile)
-    _save(order.kept, samples[keep])
+    training = read_images(order.images)
+    keep, report = audit(samples, training, quantile=quantile)
+    write_audit(order.kept.parent, order.first, report, samples, training, keep)
+    kept = samples[keep] if labels is None else with_labels(samples[keep], labels[keep])
+    _save(order.kept, kept)
     return Sampled(report.samples, report.kept, report.threshold)
+
+
+def label_weights(labels: Labels) -> NDArray[np.int64]:
+    """How often each class is sampled here: in proportion to its coarse count, and not at all where
+    it has so few images that its samples could only be copies and its presence tells of a person.
+
+    Raises DataError where no class has enough images.
+    """
+    counts = [coarse_count(int(count)) for count in np.bincount(labels)]
+    weights = np.array([count if count >= FEWEST_OF_A_CLASS else 0 for count in counts])
+    if not weights.any():
+        raise DataError(
+            f"no class has {FEWEST_OF_A_CLASS} images here: too few to sample synthetic images from"
+        )
+    return weights
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

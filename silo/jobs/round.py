@@ -22,6 +22,7 @@ from silo.jobs.training import (
     first_model,
     model_sha256,
     read_images,
+    read_labels,
     resume_from,
     save_to,
 )
@@ -78,6 +79,7 @@ def _train(
     return train(
         model,
         read_images(order.images),
+        labels=read_labels(plan, order.images),
         steps=steps,
         schedule=plan.schedule,
         objective=plan.objective,

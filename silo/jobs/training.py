@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusion.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from diffusion.model import build_model, initialise, to_vector
+from silo.data.cache import Labels, cached_labels, check_classes
 from study.plan import Plan
 
 Images = NDArray[np.uint8]
@@ -33,6 +34,18 @@ def read_images(path: Path) -> Images:
     """uint8 (n, c, h, w), mapped into memory."""
     images: Images = np.load(path, mmap_mode="r")
     return images
+
+
+def read_labels(plan: Plan, images: Path) -> Labels | None:
+    """The labels beside the images: int64 (n,), None for an unconditional model.
+
+    Raises DataError where a conditional one has images without labels, or with too many classes.
+    """
+    if plan.model.classes is None:
+        return None
+    labels = cached_labels(images.parent)
+    check_classes(plan.model.classes, labels)
+    return labels
 
 
 def resume_from(path: Path) -> Checkpoint | None:

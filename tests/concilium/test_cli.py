@@ -153,6 +153,30 @@ def test_sample_draws_a_grid_from_a_model_folder(tmp_path: Path) -> None:
     assert "is no model folder" in refused.output
 
 
+def test_sample_asks_a_conditional_model_for_one_class(tmp_path: Path) -> None:
+    from diffusion.model import build_model, initialise, save_pipeline
+    from diffusion.spec import ModelSpec, ObjectiveSpec, ScheduleSpec
+
+    small = {"image_size": 8, "block_out_channels": (8,), "attention": (False,)}
+    for name, classes in (("plain", None), ("model", 3)):
+        model = build_model(ModelSpec(**small, classes=classes, attention_head_dim=4))
+        initialise(model, 1)
+        save_pipeline(tmp_path / name, model, ScheduleSpec(), ObjectiveSpec())
+    grids = {}
+    for options in ("--label 2", "--label 1", "--label 2 --guidance 3", ""):
+        out = tmp_path / "grid.png"
+        fixed = ("-n", "4", "--steps", "2", "--out", out)
+        drawn = run("sample", tmp_path / "model", *fixed, *options.split())
+        assert drawn.exit_code == 0, drawn.output
+        grids[options] = out.read_bytes()
+    assert len(set(grids.values())) == 4
+    refused = run("sample", tmp_path / "model", "--label", "3")
+    assert "has the classes 0 to 2" in refused.output
+    refused = run("sample", tmp_path / "plain", "--guidance", "2")
+    assert "has no classes: leave --label and --guidance out" in refused.output
+    assert refused.exit_code == 2
+
+
 def test_the_demonstration_never_replaces_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     shown = run("demo", "--out", tmp_path)

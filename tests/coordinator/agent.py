@@ -59,7 +59,7 @@ from study.quantity import (
     delta_encoding,
     moments_encoding,
 )
-from study.reservation import Reservation, images_vector, reserve, share
+from study.reservation import Reservation, images_vector, reserve, share, with_labels
 
 COUNTS = {"site-1": 100, "site-2": 40, "site-3": 250, "site-4": 10}
 
@@ -327,6 +327,10 @@ class TestSilo:
             case TagsWork():
                 images = share(work.images, count, work.total_count)
                 taking.images = rng.integers(0, 256, (images, *taking.plan.data.shape), np.uint8)
+                if taking.plan.model.classes is not None:
+                    # One label too many: a silo can send anything.
+                    labels = np.arange(images) % (taking.plan.model.classes + 1)
+                    taking.images = with_labels(taking.images, labels)
                 taking.reservation = reserve(images, work.slots, os.urandom)
                 return taking.reservation.vector()
             case ImagesWork():

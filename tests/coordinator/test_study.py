@@ -9,6 +9,8 @@ import numpy as np
 
 from coordinator import admin
 from diffusion.features.network import FEATURE_NETWORKS
+from diffusion.labels import classes_of
+from diffusion.model import load_pipeline
 from tests.coordinator.agent import TestSilo, Vanish, nothing
 from tests.coordinator.federation import Federation
 
@@ -88,6 +90,43 @@ feature_bound = 64.0
 samples = 16
 every = 2
 """
+
+
+async def test_a_conditional_study_corrects_on_labelled_images_and_publishes_its_classes(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        for silo in silos:
+            silo.start()
+        plan = federation.plan(rounds=1, more=FEDDDPM_PLUS.replace("fedddpm_plus", "fedddpm"))
+        text = plan.read_text().replace("window = 1\ntau = 0.9\n", "")
+        text = text.replace("[model]", "[model]\nclasses = 3")
+        plan.write_text(text.replace("steps = 2", "steps = 2\nguidance = 1.5", 1))
+        study = admin.start_study(federation.home, plan)
+        await federation.until(lambda: federation.study(study).state == "finished", 150)
+
+        auxiliary = federation.result(study, "auxiliary")
+        sent = {
+            image[2:].tobytes(): int(image[0])
+            for silo in silos
+            for taking in silo.studies.values()
+            for image in taking.images
+        }
+        united = 0
+        for part in ("training", "held_out"):
+            images = np.load(federation.artifact(auxiliary[part]))
+            labels = np.load(federation.artifact(auxiliary[f"{part}_labels"]))
+            assert images.shape[1:] == (1, 4, 4)
+            assert [sent[image.tobytes()] for image in images] == labels.tolist()
+            assert labels.max() < 3, "labels that are none were left out"
+            united += len(images)
+        assert 15 <= united == auxiliary["images"] <= 32
+        assert sum(auxiliary["labels"]) == united
+        assert federation.result(study, "round 00001 corrected")["training_loss"] > 0
+        assert federation.result(study, "round 00001 evaluation")["fid"] > 0
+        pipeline = load_pipeline(federation.study(study).folder / "model")
+        assert classes_of(pipeline.unet) == 3
 
 
 async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path: Path) -> None:

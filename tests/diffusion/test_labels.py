@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,19 @@ def test_drawn_labels_follow_the_weights_and_their_number_alone() -> None:
     )
     assert np.array_equal(drawn_labels(weights, 10, seed=1, first_index=90), labels[90:100])
     assert even_labels(7, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_the_documented_snippet_draws_every_class_with_diffusers_alone(
+    trained: nn.Module, common: dict[str, Any], tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conditional.md").read_text("utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    save_pipeline(tmp_path / "model", trained, SCHEDULE, common["objective"])
+    snippet = snippet.replace('"model"', repr(str(tmp_path / "model")))
+    torch.manual_seed(0)
+    found: dict[str, Any] = {}
+    exec(snippet.replace("set_timesteps(50)", "set_timesteps(20)"), found)
+    images = found["images"].float()
+    assert images.shape == (2, 1, 8, 8)
+    assert images[0, ..., :4].mean() > images[0, ..., 4:].mean() + 30
+    assert images[1, ..., 4:].mean() > images[1, ..., :4].mean() + 30

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion.features.network import FEATURE_NETWORKS, load_feature_network
 from diffusion.frechet import moments
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
-from silo.errors import ProposalRefused
-from silo.jobs.local import sample_local, train_local
+from silo.errors import DataError, ProposalRefused
+from silo.jobs.local import label_weights, sample_local, train_local
 from silo.jobs.moments import feature_moments
 from silo.jobs.publish import publish_model
 from silo.jobs.round import train_round
@@ -29,6 +31,7 @@ from study.quantity import (
     encode_work,
     moments_encoding,
 )
+from study.reservation import split_labels
 from tests.silo.studies import make_plan
 
 CPU = Machine("cpu", None)
@@ -182,6 +185,99 @@ def test_local_model_is_sampled_and_copies_of_training_images_are_dropped(
     monkeypatch.setattr("silo.jobs.local.sample", lambda *_, **__: training[:5])
     caught = sample_local(replace(order, kept=tmp_path / "none.npy"), progress)
     assert caught.kept == 0
+
+
+def test_the_audit_leaves_figures_and_the_closest_pairs_for_the_people_of_the_site(
+    images: Path, tmp_path: Path, progress: ProgressFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.npy"
+    np.save(weights, to_vector(first_model(PLAN)))
+    training = np.load(images)
+    fresh = np.random.default_rng(9).integers(0, 256, (6, 1, 8, 8), dtype=np.uint8)
+    drawn = np.concatenate([fresh, training[[4, 7]]])
+    monkeypatch.setattr("silo.jobs.local.sample", lambda *_, **__: drawn)
+    (tmp_path / "pool").mkdir()
+    kept = tmp_path / "pool" / "samples-30.npy"
+    done = sample_local(SampleLocal(CPU, PLAN.toml(), images, weights, 5, 30, 8, kept), progress)
+    found = json.loads((kept.parent / "audit-30.json").read_text())
+    assert (found["samples"], found["kept"]) == (8, done.kept)
+    assert found["dropped"] == 8 - done.kept >= 2
+    assert found["threshold"] == done.threshold > 0
+    # Each sample lies beside the training image it is nearest to, the closest pair first.
+    sheet = np.asarray(Image.open(kept.parent / "audit-30-dropped.png"))
+    tile = sheet[2:66, 2:66], sheet[2:66, 68:132]
+    assert np.array_equal(*tile)
+    leaving = np.asarray(Image.open(kept.parent / "audit-30-leaving.png"))
+    assert not np.array_equal(leaving[2:66, 2:66], leaving[2:66, 68:132])
+
+
+CONDITIONAL = make_plan("[model]", "[model]\nclasses = 3", sha256=SHA256)
+
+
+@pytest.fixture
+def labels(images: Path) -> np.ndarray:
+    """Twelve images of class 0, six of class 1, two of class 2."""
+    made = np.repeat(np.arange(3), [12, 6, 2])
+    np.save(images.with_name("labels.npy"), made)
+    return made
+
+
+def test_a_conditional_round_trains_with_the_labels(
+    order: TrainRound, progress: ProgressFile, labels: np.ndarray
+) -> None:
+    to_vector(first_model(CONDITIONAL)).astype("<f4").tofile(order.model)
+    shapes = [shape for _, shape, _ in parameter_layout(build_model(CONDITIONAL.model))]
+    sizes = tuple(int(np.prod(shape)) for shape in shapes)
+    work = RoundWork(total_count=20, sizes=sizes, clips=(1.0,) * len(sizes))
+    order = replace(order, plan=CONDITIONAL.toml(), work=encode_work(work))
+
+    def delta() -> np.ndarray:
+        train_round(order, progress)
+        decoded = delta_encoding(work, 4, 16).decode(np.fromfile(order.vector, "<u2"))
+        return decoded.mean_delta + np.load(order.new_residual)
+
+    first = delta()
+    assert np.allclose(first, delta(), atol=1e-6)
+    np.save(order.images.with_name("labels.npy"), labels[::-1].copy())
+    assert not np.allclose(first, delta(), atol=1e-4)
+
+
+def test_synthetic_images_leave_with_labels_of_classes_that_are_not_rare_here(
+    images: Path, tmp_path: Path, progress: ProgressFile, labels: np.ndarray
+) -> None:
+    weights = tmp_path / "weights.npy"
+    text = CONDITIONAL.toml()
+    train_local(TrainLocal(CPU, text, images, 5, weights, tmp_path / "checkpoint"), progress)
+    order = SampleLocal(CPU, text, images, weights, 5, 0, 60, tmp_path / "kept.npy")
+    done = sample_local(order, progress)
+    drawn, known = split_labels(np.load(order.kept), (1, 8, 8))
+    assert len(drawn) == done.kept > 30
+    assert set(known.tolist()) == {0, 1}, "two images of class 2: it is not sampled"
+    assert 1.2 < (known == 0).sum() / (known == 1).sum() < 3.5
+    later = replace(order, first=20, samples=40, kept=tmp_path / "later.npy")
+    sample_local(later, progress)
+    _, again = split_labels(np.load(later.kept), (1, 8, 8))
+    assert len(again) < len(known)
+
+
+def test_a_conditional_plan_refuses_images_without_labels_or_of_too_many_classes(
+    order: TrainRound, progress: ProgressFile, images: Path
+) -> None:
+    order = replace(order, plan=CONDITIONAL.toml(), round=2)
+    sizes = [shape for _, shape, _ in parameter_layout(build_model(CONDITIONAL.model))]
+    work = RoundWork(
+        total_count=40, sizes=tuple(int(np.prod(s)) for s in sizes), clips=(1.0,) * len(sizes)
+    )
+    order = replace(order, work=encode_work(work))
+    vector = to_vector(first_model(CONDITIONAL))
+    vector.astype("<f4").tofile(order.model)
+    with pytest.raises(DataError, match="has 3 classes, but not every image here has a label"):
+        train_round(order, progress)
+    np.save(images.with_name("labels.npy"), np.arange(20) % 4)
+    with pytest.raises(DataError, match="3 classes, 0 to 2, but labels here go up to 3"):
+        train_round(order, progress)
+    with pytest.raises(DataError, match="no class has 5 images"):
+        label_weights(np.arange(20) % 10)
 
 
 def test_progress_that_leaves_the_site_does_not_tell_how_many_images_there_are(

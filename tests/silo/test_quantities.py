@@ -127,6 +127,26 @@ async def test_the_census_holds_the_coarse_count(place: Place) -> None:
     assert await place.quantities().count() == 34
 
 
+async def test_a_conditional_study_begins_only_where_every_image_has_a_label(
+    place: Place,
+) -> None:
+    plan = make_plan("[model]", "[model]\nclasses = 2")
+    worker: Any = place.worker
+
+    def quantities() -> Quantities:
+        return Quantities(place.home, place.study, plan, place.config, worker)
+
+    with pytest.raises(DataError, match="not every image here has a label"):
+        await quantities().count()
+    images = np.zeros((34, 8, 8), dtype=np.uint8)
+    np.savez(place.data, images=images, labels=np.arange(34) % 3)
+    with pytest.raises(DataError, match="labels here go up to 2"):
+        await quantities().count()
+    np.savez(place.data, images=images, labels=np.arange(34) % 2)
+    assert await quantities().count() == 34
+    assert await quantities().count() == 34
+
+
 async def test_a_session_that_is_tried_again_sums_the_very_same_vector(place: Place) -> None:
     first = await place.prepare(context_of(ROUND, session=1), ROUND)
     place.quantities().settle(settled(context_of(ROUND, session=1), summed=False, included=False))
