@@ -27,6 +27,7 @@ VERSION = 3
 """Of the layout; a cache of another one is made anew from the images."""
 
 _MOST_CLASSES = 65_536
+_PROGRESS_EVERY = 256
 Labels = NDArray[np.int64]
 
 
@@ -201,7 +202,8 @@ def _write_npy(
     for image in images:
         file.write(image.tobytes())
         count += 1
-        progress(count)
+        if count % _PROGRESS_EVERY == 0:
+            progress(count)
     file.seek(0)
     if _write_header(file, (count, *shape)) != length:
         raise DataError("the cache's header does not fit: this version of numpy is too old")
