@@ -133,7 +133,8 @@ def correct(
 
 def feature_dimension(network: str, sha256: str) -> int:
     """d of a feature network; raises ValueError unless its weights are the ones pinned."""
-    from diffusion.features.network import FEATURE_NETWORKS, FEATURES, load_feature_network
+    from diffusion.features.network import FEATURES, load_feature_network
+    from diffusion.features.pinned import FEATURE_NETWORKS
 
     load_feature_network(network)
     if FEATURE_NETWORKS[network].sha256 != sha256:

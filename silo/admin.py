@@ -45,9 +45,13 @@ format = {format}                     # auto, dicom, images (PNG, JPEG), nifti, 
 [policy]                              # no plan can override these; what asks for more is declined
 smallest_silos = 3                    # fewest institutions in a study
 smallest_threshold = 2                # fewest institutions that a sum may be revealed over
+smallest_colluders = 0                # fewest that may be in league with the study centre in vain
 largest_rounds = 1000
+largest_steps = 10_000_000            # training steps of the whole study
 largest_model = 200_000_000           # parameters
 auxiliary_samples = true              # may audited synthetic images leave, in an anonymous union?
+largest_auxiliary = 100_000           # of all sites together
+smallest_audit_quantile = 0.01        # a less strict audit of them is declined
 purposes = ["census", "moments", "tags", "images", "round"]
 feature_networks = ["digits", "fashion-mnist"]
 
@@ -124,7 +128,7 @@ def approve(home: Path, study: str) -> Terms:
 def decline(home: Path, study: str, why: str) -> None:
     """Do not take part in `study` as last offered; the study centre reads `why`."""
     place = _study(home, study)
-    record(place, _offered(place), accepted=False, rule=why or "declined by a person")
+    record(place, _offered(place), accepted=False, rule=f"declined by a person: {why}")
 
 
 def settle_doubt(home: Path, study: str) -> list[str]:

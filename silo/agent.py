@@ -145,7 +145,7 @@ class Agent:
         if decision.accepted:
             pin(study, terms)
         await self._tell(study.name, terms.digests, decision.accepted, decision.rule)
-        state = "accepted" if decision.accepted else f"declined: {decision.rule}"
+        state = "accepted" if decision.accepted else decision.rule
         self._tools.status.study(study.name, state=state, title=terms.plan.study.title)
         log.info("offer answered", study=study.name, answer=state)
 

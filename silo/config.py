@@ -66,8 +66,14 @@ class Policy(Spec):
     smallest_threshold: Annotated[int, Field(ge=2, le=255)] = 2
     """Fewest institutions that a sum may be revealed over."""
 
+    smallest_colluders: Annotated[int, Field(ge=0, le=253)] = 0
+    """Fewest institutions that may be in league with the study centre and learn nothing more."""
+
     largest_rounds: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """Most model rounds."""
+
+    largest_steps: Annotated[int, Field(ge=1, le=10**12)] = 10_000_000
+    """Most training steps of the whole study, those of the local model included."""
 
     largest_model: Annotated[int, Field(ge=1, le=10**10)] = 200_000_000
     """Most parameters of the model."""
@@ -75,11 +81,19 @@ class Policy(Spec):
     auxiliary_samples: bool = True
     """Whether audited synthetic images may leave in the anonymous union."""
 
+    largest_auxiliary: Annotated[int, Field(ge=10, le=1_000_000)] = 100_000
+    """Most synthetic images in the union, those of all sites together."""
+
+    smallest_audit_quantile: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Least strict audit of them: a sample is dropped that is nearer to a training image than this
+    quantile of the distances between training images."""
+
     purposes: tuple[Purpose, ...] = ("census", "moments", "tags", "images", "round")
     """Which sums this site takes part in."""
 
     feature_networks: tuple[str, ...] = ("digits", "fashion-mnist")
-    """Feature networks whose moments of the real images may be summed."""
+    """Feature networks whose moments of the real images may be summed: only with the weights that
+    this version ships, by their hash."""
 
 
 class Resources(Spec):

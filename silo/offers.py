@@ -12,7 +12,7 @@ from silo.config import SiloConfig
 from silo.errors import SiloError
 from silo.files import read_json, write_file, write_json
 from silo.home import StudyHome
-from silo.policy import check_study
+from silo.policy import Declined, check_study
 from study.plan import Plan, load_plan, text_digest
 from study.problems import PlanError
 
@@ -104,10 +104,11 @@ def decide(study: StudyHome, terms: Terms, config: SiloConfig, identity: bytes) 
         config.policy, terms.plan, terms.roster, site=config.site.name, identity=identity
     )
     if declined is not None:
-        return record(study, terms, accepted=False, rule=f"{declined.rule}: {declined.why}")
+        return record(study, terms, accepted=False, rule=str(declined))
     pinned = pinned_terms(study)
     if pinned is not None and _rolls_back(pinned.roster, terms.roster):
-        return record(study, terms, accepted=False, rule="roster: it is older than the one pinned")
+        older = Declined("roster", "it is older than the one that this site accepted")
+        return record(study, terms, accepted=False, rule=str(older))
     known = stored_decision(study)
     if known is not None and known.about(terms):
         return known

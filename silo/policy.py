@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffusion.features.pinned import FEATURE_NETWORKS
 from secagg.roster import Roster
 from silo.config import Policy
 from silo.model_size import parameter_count
-from study.plan import Plan
+from study.plan import Auxiliary, Evaluation, Plan
 from study.problems import PlanError
 
 
@@ -51,6 +52,11 @@ def _roster_rules(
             "smallest_threshold",
             f"threshold {roster.threshold}, at least {policy.smallest_threshold}",
         )
+    if roster.colluders < policy.smallest_colluders:
+        yield Declined(
+            "smallest_colluders",
+            f"{roster.colluders} colluders tolerated, at least {policy.smallest_colluders}",
+        )
     try:
         agreed = plan.validate_roster(roster.size)
     except PlanError as error:
@@ -74,17 +80,54 @@ def _plan_rules(policy: Policy, plan: Plan) -> Iterator[Declined]:
         yield Declined(
             "largest_model", f"{parameters:,} parameters, at most {policy.largest_model:,}"
         )
-    if plan.auxiliary is not None and not policy.auxiliary_samples:
-        yield Declined("auxiliary_samples", "it asks for synthetic images in the anonymous union")
+    steps = training_steps(plan)
+    if steps > policy.largest_steps:
+        yield Declined(
+            "largest_steps", f"{steps:,} training steps, at most {policy.largest_steps:,}"
+        )
+    yield from _auxiliary_rules(policy, plan.auxiliary)
     for purpose in purposes(plan):
         if purpose not in policy.purposes:
             yield Declined(
                 "purposes", f"it sums {purpose!r}, allowed: {', '.join(policy.purposes)}"
             )
-    network = plan.evaluation.feature_network if plan.evaluation else None
-    if network is not None and network not in policy.feature_networks:
+    if plan.evaluation is not None:
+        yield from _network_rules(policy, plan.evaluation)
+
+
+def _auxiliary_rules(policy: Policy, wanted: Auxiliary | None) -> Iterator[Declined]:
+    if wanted is None:
+        return
+    if not policy.auxiliary_samples:
+        yield Declined("auxiliary_samples", "it asks for synthetic images in the anonymous union")
+    if wanted.images > policy.largest_auxiliary:
+        yield Declined(
+            "largest_auxiliary",
+            f"{wanted.images:,} synthetic images, at most {policy.largest_auxiliary:,}",
+        )
+    if wanted.audit_quantile < policy.smallest_audit_quantile:
+        yield Declined(
+            "smallest_audit_quantile",
+            f"quantile {wanted.audit_quantile}, at least {policy.smallest_audit_quantile}",
+        )
+
+
+def _network_rules(policy: Policy, wanted: Evaluation) -> Iterator[Declined]:
+    name = wanted.feature_network
+    if name not in policy.feature_networks:
         allowed = ", ".join(policy.feature_networks) or "none"
-        yield Declined("feature_networks", f"it evaluates with {network!r}, allowed: {allowed}")
+        yield Declined("feature_networks", f"it evaluates with {name!r}, allowed: {allowed}")
+    elif name not in FEATURE_NETWORKS or FEATURE_NETWORKS[name].sha256 != wanted.sha256:
+        yield Declined(
+            "feature_networks",
+            f"{name!r} with SHA-256 {wanted.sha256[:16]}… is not what this version ships",
+        )
+
+
+def training_steps(plan: Plan) -> int:
+    """Steps that a site takes in the whole study."""
+    warm_up = plan.warm_up.steps if plan.warm_up and plan.auxiliary else 0
+    return warm_up + plan.rounds.count * plan.rounds.local_steps
 
 
 def purposes(plan: Plan) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ most its square: the sums fit a fixed-point range known in advance.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
+from diffusion.features.pinned import FEATURE_NETWORKS
 
 Images = NDArray[np.uint8]
 
@@ -31,33 +32,6 @@ CENTRED_BOUND = 2.0 * FEATURE_BOUND
 
 class FeatureFileError(ValueError):
     """A feature network's file is not the pinned one: reinstall the package."""
-
-
-@dataclass(frozen=True)
-class PinnedNetwork:
-    """A feature network that ships with the project."""
-
-    file: str
-    sha256: str
-    image_size: int
-    layers: tuple[tuple[int, int], ...]
-    """(channels, stride) of each 3×3 convolution."""
-
-
-FEATURE_NETWORKS = {
-    "digits": PinnedNetwork(
-        file="digits.safetensors",
-        sha256="9fb79a8912226791a58ea0d29720e44da22c67879da2f1e7ddf219bdcb70dfed",
-        image_size=8,
-        layers=((24, 1), (32, 1), (32, 2)),
-    ),
-    "fashion-mnist": PinnedNetwork(
-        file="fashion-mnist.safetensors",
-        sha256="b8802055349c7142cd7740b03105384f77d8f22dd19b32fd99571fcb49836241",
-        image_size=28,
-        layers=((16, 1), (32, 2), (36, 2), (36, 2)),
-    ),
-}
 
 
 class FeatureNetwork(nn.Module):

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from diffusion.features.holdout import holdout_split
-from diffusion.features.network import FEATURE_NETWORKS, FeatureNetwork, build_feature_network
+from diffusion.features.network import FeatureNetwork, build_feature_network
+from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.model import initialise, model_digest
 
 Images = NDArray[np.uint8]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.features.network import FEATURE_NETWORKS, load_feature_network
+from diffusion.features.network import load_feature_network
+from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import moments
 from silo.errors import ProposalRefused
 from silo.files import write_file

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from coordinator import admin
-from diffusion.features.network import FEATURE_NETWORKS
+from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.labels import classes_of
 from diffusion.model import load_pipeline
 from tests.coordinator.agent import TestSilo, Vanish, nothing

@@ -12,12 +12,11 @@ from diffusion.features.holdout import holdout_split
 from diffusion.features.network import (
     CENTRED_BOUND,
     FEATURE_BOUND,
-    FEATURE_NETWORKS,
     FEATURES,
     FeatureFileError,
-    PinnedNetwork,
     load_feature_network,
 )
+from diffusion.features.pinned import FEATURE_NETWORKS, PinnedNetwork
 from diffusion.frechet import fid, moments
 
 NAMES = sorted(FEATURE_NETWORKS)

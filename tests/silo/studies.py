@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from diffusion.features.pinned import FEATURE_NETWORKS
 from secagg.roster import Member, Roster
 from study.plan import Plan, load_plan
 
@@ -53,7 +54,9 @@ local_steps = 2
 )
 
 
-def make_plan(old: str = "", new: str = "", sha256: str = "ab" * 32) -> Plan:
+def make_plan(
+    old: str = "", new: str = "", sha256: str = FEATURE_NETWORKS["digits"].sha256
+) -> Plan:
     text = PLAN.replace("{sha256}", sha256)
     assert old in text
     return load_plan(text.replace(old, new) if old else text)

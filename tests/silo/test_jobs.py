@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.features.network import FEATURE_NETWORKS, load_feature_network
+from diffusion.features.network import load_feature_network
+from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import moments
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from silo.errors import DataError, ProposalRefused

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from coordinator import admin as centre_admin
+from coordinator import records
+from coordinator.config import Home
+from coordinator.store import Store
 from silo import admin
 from silo.agent import run
 from silo.errors import LedgerError, SiloError
@@ -45,6 +48,18 @@ def answers(centre: Centre) -> dict[str, str]:
     return {silo.name: silo.answer for silo in study.silos}
 
 
+def rules(centre: Centre) -> dict[str, str]:
+    """Why sites declined, as the study centre has it."""
+    (study,) = centre_admin.list_studies(centre.home)
+    place = Home(centre.home)
+    store = Store(place.database(place.config()))
+    try:
+        said = store.run(records.answers_of, study.id)
+    finally:
+        store.close()
+    return {site: rule for site, (_, rule) in said.items()}
+
+
 def state(home: Path) -> str:
     studies = admin.status(home)["studies"].values()
     return next((str(study.get("state")) for study in studies), "")
@@ -64,7 +79,9 @@ async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
     try:
         await until(lambda: state(homes["north"]) == state(homes["east"]) == "waits for approval")
         await until(lambda: answers(centre)["south"] == "declined")
-        await until(lambda: "largest_rounds: 3 rounds, at most 2" in state(homes["south"]))
+        said = "declined by site policy: largest_rounds: 3 rounds, at most 2"
+        await until(lambda: state(homes["south"]) == said)
+        assert rules(centre)["south"] == said, "and the study centre reads it"
         text = admin.roster(homes["north"])
         assert "waits for approval" in text
         assert admin.approve(homes["north"], study).roster.fingerprint in text

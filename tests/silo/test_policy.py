@@ -34,7 +34,12 @@ def broken(policy: Policy, plan: object = PLAN, roster: Roster = ROSTER) -> str:
         (Policy(), ""),
         (Policy(smallest_silos=5), "smallest_silos"),
         (Policy(smallest_threshold=4), "smallest_threshold"),
+        (Policy(smallest_colluders=1), "smallest_colluders"),
         (Policy(largest_rounds=2), "largest_rounds"),
+        (Policy(largest_steps=8), "largest_steps"),
+        (Policy(largest_steps=9), ""),
+        (Policy(largest_auxiliary=23), "largest_auxiliary"),
+        (Policy(smallest_audit_quantile=0.06), "smallest_audit_quantile"),
         (Policy(largest_model=100), "largest_model"),
         (Policy(auxiliary_samples=False), "auxiliary_samples"),
         (Policy(purposes=("census", "round")), "purposes"),
@@ -50,6 +55,10 @@ def test_a_roster_without_this_site_or_with_another_key_is_declined() -> None:
     assert broken(Policy(), roster=others) == "roster"
     forged = replace(ROSTER, members=(Member("site-1", bytes(31) + b"\2"), *ROSTER.members[1:]))
     assert broken(Policy(), roster=forged) == "roster"
+
+
+def test_a_feature_network_with_other_weights_than_the_shipped_is_declined() -> None:
+    assert broken(Policy(), make_plan(sha256="ab" * 32)) == "feature_networks"
 
 
 def test_a_threshold_other_than_the_plan_s_is_declined() -> None:
@@ -132,7 +141,7 @@ def test_the_policy_declines_before_anybody_is_asked(study: StudyHome) -> None:
     strict = config().model_copy(update={"policy": Policy(largest_rounds=1)})
     decision = decide(study, Terms(PLAN, ROSTER), strict, IDENTITY)
     assert decision is not None
-    assert decision.rule == "largest_rounds: 3 rounds, at most 1"
+    assert decision.rule == "declined by site policy: largest_rounds: 3 rounds, at most 1"
 
 
 def test_an_offer_that_is_not_what_it_says_is_refused(study: StudyHome) -> None:

@@ -214,7 +214,7 @@ def test_nothing_here_imports_torch():
 
 @pytest.mark.parametrize("shipped", ["study/plans", "concilium/demo", "tests/e2e"])
 def test_shipped_plans_load_and_pin_the_shipped_feature_networks(shipped: str):
-    from diffusion.features.network import FEATURE_NETWORKS
+    from diffusion.features.pinned import FEATURE_NETWORKS
 
     found = sorted((Path(__file__).parents[2] / shipped).glob("*.toml"))
     assert found
