@@ -34,7 +34,7 @@ def broken(policy: Policy, plan: object = PLAN, roster: Roster = ROSTER) -> str:
         (Policy(), ""),
         (Policy(smallest_silos=5), "smallest_silos"),
         (Policy(smallest_threshold=4), "smallest_threshold"),
-        (Policy(smallest_colluders=1), "smallest_colluders"),
+        (Policy(smallest_colluders=2), "smallest_colluders"),
         (Policy(largest_rounds=2), "largest_rounds"),
         (Policy(largest_steps=8), "largest_steps"),
         (Policy(largest_steps=9), ""),
