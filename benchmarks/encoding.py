@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measure import Report
-from concilium.demo.datasets import digits
-from concilium.demo.partition import dirichlet
+from concilium.datasets import digits
+from concilium.partition import dirichlet
 from diffusion.execution import choose_execution
 from diffusion.features.network import load_feature_network
 from diffusion.frechet import fid, moments

@@ -23,9 +23,16 @@ _GROUPS = {
     "silo": ("concilium.commands.silo", "The agent of an institution."),
     "study": ("concilium.commands.study", "Check, start, pause, stop and list studies."),
     "sample": ("concilium.commands.sample", "Draw images from a model folder."),
+    "simulate": ("concilium.commands.simulate", "Many silos in one process, for sweeps."),
     "demo": ("concilium.commands.demo", "A whole federation on this machine."),
 }
-_EXTRA = {"coordinator": "coordinator", "silo": "silo", "study": "coordinator", "demo": "demo"}
+_EXTRA = {
+    "coordinator": "coordinator",
+    "silo": "silo",
+    "study": "coordinator",
+    "simulate": "demo",
+    "demo": "demo",
+}
 
 
 class _Lazy(click.Group):

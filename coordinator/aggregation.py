@@ -60,16 +60,45 @@ def aggregate(
         if state is None
         else read_state(artifacts.read(state))
     )
-    remembered, after = plan.strategy.aggregate(known, before, decoded.mean_delta, round)
+    mean = unbiased(plan, decoded.mean_delta, before.size, round, silos)
+    remembered, after = plan.strategy.aggregate(known, before, mean, round)
     return Step(
         model=artifacts.put(after.astype(MODEL).tobytes()),
         state=artifacts.put(write_state(remembered)),
-        clips=next_clips(decoded.mean_delta, encoding),
-        loss=decoded.loss,
+        clips=next_clips(decoded.mean_delta, encoding, parts=plan.strategy.parts),
+        loss=decoded.loss * silos / len(plan.working(round, silos)),
         saturated=decoded.saturated,
         faults=decoded.faults,
         moved=float(np.linalg.norm(after.astype(np.float64) - before)),
     )
+
+
+def unbiased(
+    plan: Plan, mean: NDArray[np.float32], parameters: int, round: int, silos: int
+) -> NDArray[np.float32]:
+    """Σ_{i ∈ S} w_i δ_i · N/m for the m silos S that worked: over the draws of S its mean is that
+    of all silos. A control variate's change (the part after the model's) stays as it is: c is the
+    sum of all c_i, and those of silos that rested did not change (arXiv 1910.06378, algorithm 1).
+    """
+    working = len(plan.working(round, silos))
+    if working == silos:
+        return mean
+    scaled = mean.copy()
+    scaled[:parameters] *= np.float32(silos / working)
+    return scaled
+
+
+def round_input(artifacts: Artifacts, plan: Plan, model: bytes, state: bytes | None) -> bytes:
+    """The artifact that the silos are sent: the model, followed by what the strategy adds."""
+    if plan.strategy.parts == 1:
+        return model
+    vector = np.frombuffer(artifacts.read(model), dtype=MODEL)
+    known = (
+        plan.strategy.initial_state(vector.size)
+        if state is None
+        else read_state(artifacts.read(state))
+    )
+    return artifacts.put(plan.strategy.round_input(known, vector).astype(MODEL).tobytes())
 
 
 def census_total(total: bytes, silos: int) -> int:

@@ -106,10 +106,12 @@ def correct(
     labels: Path | None,
     steps: int,
     learning_rate: float,
+    average: bool,
     round: int,
     out: Path,
 ) -> float:
-    """Optimise the model on auxiliary images, write it to `out`; the mean training loss."""
+    """Optimise the model on auxiliary images, write it (or, to `average`, the moving average of its
+    weights) to `out`; the mean training loss."""
     from diffusion.calibration import calibrate
     from diffusion.model import to_vector
 
@@ -127,7 +129,8 @@ def correct(
         execution=machine.execution(),
         labels=_labels(labels),
     )
-    to_vector(network).astype(_MODEL).tofile(out)
+    corrected = result.ema if average else to_vector(network)
+    corrected.astype(_MODEL).tofile(out)
     return result.loss_sum / result.steps
 
 

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from coordinator import jobs, records, registry
-from coordinator.aggregation import aggregate, census_total
+from coordinator.aggregation import aggregate, census_total, round_input
 from coordinator.config import Home
 from coordinator.jobs import Machine
 from coordinator.report import Report
@@ -179,7 +179,7 @@ class Runner:
         out = self._scratch("first.f32")
         sizes = await self._worker.run(jobs.first_model, self._text, out)
         model = await self._keep_model(out)
-        clips = [self._plan.first_clip] * len(sizes)
+        clips, sizes = self._plan.first_clips(len(sizes)), sizes * self._plan.strategy.parts
         return {"model": model.hex(), "sizes": sizes, "clips": clips, "state": None}
 
     # --- one round
@@ -208,10 +208,19 @@ class Runner:
         return step
 
     async def _sum_round(self, number: int, model: Json, work: RoundWork) -> Json:
-        sha256 = bytes.fromhex(model["model"])
+        sha256 = await self._round_input(model)
         asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256])
         end: SessionEnd = await self._summing.sum(asked)
         return {"silos": self._names(end.survivors), "session": asdict(end)}
+
+    async def _round_input(self, model: Json) -> bytes:
+        """What the silos start from; its digest is the `model` of the session."""
+        name = bytes.fromhex(model["model"])
+        state = bytes.fromhex(model["state"]) if model["state"] else None
+        given = await asyncio.to_thread(round_input, self._tools.artifacts, self._plan, name, state)
+        if given != name:
+            await self._record(given, "model", published=True)
+        return given
 
     async def _aggregate(self, number: int, model: Json, work: RoundWork, end: Json) -> Json:
         state = bytes.fromhex(model["state"]) if model["state"] else None
@@ -252,8 +261,10 @@ class Runner:
             path(bytes.fromhex(auxiliary["held_out"])),
             self._labels(auxiliary, "held_out"),
         )
-        history = [*await self._history(number), RoundRecord(number, loss)]
-        decision = self._plan.strategy.decide(history)
+        now = RoundRecord(number, loss, silo_loss=step["loss"])
+        history = [*await self._history(number), now]
+        last = number == self._plan.rounds.count
+        decision = self._plan.strategy.decide(history, last)
         log.info("decision", study=self._live.id, round=number, **asdict(decision))
         return {"loss": loss, **asdict(decision)}
 
@@ -263,7 +274,10 @@ class Runner:
         for earlier in range(1, number):
             decision = results[f"round {earlier:05} decision"]
             after = results.get(f"round {earlier:05} corrected", {}).get("loss_after")
-            history.append(RoundRecord(earlier, decision["loss"], after, decision["correct"]))
+            silos = results[f"round {earlier:05} model"]["loss"]
+            history.append(
+                RoundRecord(earlier, decision["loss"], after, decision["correct"], silos)
+            )
         return history
 
     async def _correct(self, number: int, step: Json, auxiliary: Json) -> Json:
@@ -281,6 +295,7 @@ class Runner:
             self._labels(auxiliary, "training"),
             correction.steps,
             correction.learning_rate,
+            correction.average,
             number,
             out,
         )

@@ -76,7 +76,7 @@ def train(
     proximal: tuple[Vector, float] | None = None,
     control: Vector | None = None,
     progress: Callable[[int, float], None] | None = None,
-    save: Callable[[Checkpoint], None] | None = None,
+    save: Callable[[Checkpoint], bool | None] | None = None,
     save_every: int = 100,
     resume: Checkpoint | None = None,
 ) -> TrainResult:
@@ -89,7 +89,8 @@ def train(
     proximal     (anchor, mu) of FedProx (arXiv 1812.06127)
     control      c − c_i of SCAFFOLD (arXiv 1910.06378), added to every gradient
     progress     called with (steps done, loss of the last batch) after every step
-    save         called with a Checkpoint every `save_every` steps, not after the last
+    save         called with a Checkpoint every `save_every` steps, not after the last; if it
+                 returns True the run ends there
     resume       a Checkpoint of this very call: same model, data, seed and specs
 
     A loss that is not finite does not stop the run; `TrainResult.first_non_finite_step` reports it.
@@ -109,8 +110,9 @@ def train(
         run.step(torch.from_numpy(images[indices]).to(execution.device), known)
         if progress:
             progress(done + 1, float(run.losses[done]))
-        if save and (done + 1) % save_every == 0 and done + 1 < steps:
-            save(run.checkpoint())
+        due = (done + 1) % save_every == 0 and done + 1 < steps
+        if save and due and save(run.checkpoint()):
+            break
     return run.result()
 
 

@@ -192,7 +192,9 @@ class Agent:
             index = terms.roster.index_of(self._config.site.name)
             party = SiloParty(terms.roster, index, identity.signing, identity.ledger, os.urandom)
             tools = self._tools
-            quantities = Quantities(self._home, study, terms.plan, self._config, tools.worker)
+            quantities = Quantities(
+                self._home, study, terms.plan, self._config, tools.worker, index
+            )
             await Participation(tools, study, terms, party, quantities).run()
         except (SiloError, KeyError) as error:
             log.error("study stopped here", study=study.name, reason=str(error))

@@ -18,6 +18,7 @@ HOME/
     vectors/<purpose>-<round>/      prepared vectors, kept until their outcome is known
     masked/<session>.vector         masked vectors while they are uploaded
     residual.npy                    what rounding and clipping left out so far
+    control.npy                     SCAFFOLD: this silo's control variate
     pool/                           synthetic images of this site, and which were offered
     work/                           checkpoints and progress of the worker
     ended.json, model/              how the study ended, and its final model
@@ -97,6 +98,10 @@ class StudyHome:
     @property
     def residual(self) -> Path:
         return self.path / "residual.npy"
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control.npy"
 
     @property
     def ended(self) -> Path:

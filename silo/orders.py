@@ -64,6 +64,10 @@ class TrainRound(Order["RoundTrained"]):
     """Where the ring words go."""
     new_residual: Path
     """Where the residual goes that counts once the vector is in a sum."""
+    control: Path
+    """This silo's control variate, of strategies that have one; may be missing."""
+    new_control: Path
+    """Where the control variate goes that counts once the vector is in a sum."""
     checkpoint: Path
 
 

@@ -166,11 +166,11 @@ def _check_images(work: ImagesWork, plan: Plan) -> int:
 
 
 def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
-    if sum(work.sizes) != parameter_count(plan.model):
+    parts = plan.strategy.parts
+    if sum(work.sizes) != parts * parameter_count(plan.model):
         raise ValueError(f"round {round}: {sum(work.sizes)} parameters are not the plan's model")
-    first = plan.first_clip
-    if round == 1 and any(clip != first for clip in work.clips):
-        raise ValueError(f"round 1: the clips are not the plan's first_clip = {first}")
+    if round == 1 and work.clips != plan.first_clips(len(work.sizes) // parts):
+        raise ValueError(f"round 1: the clips are not the plan's first_clip = {plan.first_clip}")
 
 
 def _artifact(work: Work, message: pb.Open, pinned: Pinned) -> tuple[bytes | None, int]:

@@ -37,6 +37,7 @@ from study.quantity import (
     RoundWork,
     TagsWork,
     count_encoding,
+    delta_encoding,
     encode_work,
 )
 
@@ -48,9 +49,16 @@ class Quantities:
     """What one study asks of this site's data."""
 
     def __init__(
-        self, home: SiloHome, study: StudyHome, plan: Plan, config: SiloConfig, worker: Worker
+        self,
+        home: SiloHome,
+        study: StudyHome,
+        plan: Plan,
+        config: SiloConfig,
+        worker: Worker,
+        index: int,
     ) -> None:
-        self._home, self._study, self._plan = home, study, plan
+        """`index` is this site's in the roster, which a new roster may change."""
+        self._home, self._study, self._plan, self._index = home, study, plan, index
         self._config, self._worker = config, worker
         self._on_progress: Callable[[Progress], None] = lambda _: None
         self._secret = _secret(study.path / "seed")
@@ -84,18 +92,19 @@ class Quantities:
         """Draw the consequences of how a session ended; doing it twice changes nothing.
 
         In the sum: what was rounded away is carried on. Summed without this site: its delta is
-        dropped and the residual is what it was. Aborted: the vector is kept, for the same quantity
-        may be asked for again.
+        dropped, and residual and control variate are what they were. Aborted: the vector is kept,
+        for the same quantity may be asked for again.
         """
         settled, context = record.settled, record.context
         if settled is None or not settled.summed:
             return
         quantity = context.quantity
         folder = self._study.vector(quantity.purpose, quantity.round)
-        candidate = folder / "residual.npy"
         ours = read_json(folder / "request.json") == _request(context)
-        if quantity.purpose == "round" and settled.included and ours and candidate.exists():
-            move(candidate, self._study.residual)
+        if quantity.purpose == "round" and settled.included and ours:
+            for kept in (self._study.residual, self._study.control):
+                if (candidate := folder / kept.name).exists():
+                    move(candidate, kept)
         shutil.rmtree(folder, ignore_errors=True)
         if quantity.purpose == "round":
             self._study.artifact(context.model).unlink(missing_ok=True)
@@ -136,6 +145,10 @@ class Quantities:
     async def _round(
         self, round: int, work: RoundWork, silos: int, model: Path, folder: Path
     ) -> None:
+        if self._index not in self._plan.working(round, silos):
+            log.info("rests", round=round)
+            zeros = delta_encoding(work, silos, self._plan.secure_sum.ring).zeros()
+            return write_file(folder / "vector", zeros.tobytes())
         images = await self._images()
         order = TrainRound(
             machine=self._worker.machine,
@@ -149,7 +162,9 @@ class Quantities:
             seed=derived_seed(self._secret, f"round {round}"),
             residual=self._study.residual,
             vector=folder / "vector",
-            new_residual=folder / "residual.npy",
+            new_residual=folder / self._study.residual.name,
+            control=self._study.control,
+            new_control=folder / self._study.control.name,
             checkpoint=self._study.work / f"round-{round}-{model.name[:16]}.checkpoint",
         )
         done = await self._run(order)

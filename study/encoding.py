@@ -287,6 +287,7 @@ def next_clips(
     mean_delta: NDArray[np.float32],
     encoding: Encoding,
     *,
+    parts: int = 1,
     factor: float = 1.5,
     reopen: float = 3.0,
     level: float = 0.5,
@@ -306,7 +307,8 @@ def next_clips(
     off the mean itself. `level` keeps small tensors, where silos tend to cancel one
     another, from being clipped by their mean: AdamW moves all tensors about alike, so it costs few
     bits. `shrink` keeps a round of faults, whose mean is zero, from closing the clips.
-    `mean_delta` is float32 [n].
+    `mean_delta` is float32 [n]; where it consists of several `parts` of the model's size, each has
+    a largest m_k of its own.
     """
     starts = [0, *accumulate(encoding.sizes)][:-1]
     largest = np.maximum(
@@ -314,7 +316,8 @@ def next_clips(
     ).astype(np.float64)
     before = np.array(encoding.clips)
     factors = np.where(largest > 0.9 * before, reopen, factor)
-    wanted = factors * np.maximum(largest, level * largest.max())
+    of_part = largest.reshape(parts, -1).max(axis=1)
+    wanted = factors * np.maximum(largest, level * np.repeat(of_part, len(largest) // parts))
     wanted = np.maximum(wanted, shrink * before)
     clips = np.clip(wanted, *_CLIP_RANGE).astype(np.float32)
     return tuple(float(clip) for clip in clips)

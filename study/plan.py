@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -125,7 +127,21 @@ class WarmUp(Spec):
     """[warm_up]: the local DDPM that each silo samples its auxiliary images from."""
 
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
-    """Training steps from the study's first model, on the silo's own images."""
+    """Training steps from the study's first model, on the silo's own images: the most that are
+    taken, and the time that is taken whatever the criterion below finds."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """w: the model has converged when the loss of the silo's own held-out images was not improved
+    in so many checks; absent = all steps are taken."""
+
+    improvement: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """x: by how much, relative to the best loss so far, a check has to be better to count."""
+
+    check_every: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """Steps between two checks."""
+
+    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    """Share of the silo's images that is watched instead of trained on, where there is patience."""
 
 
 class Auxiliary(Spec):
@@ -157,6 +173,10 @@ class Rounds(Spec):
     final_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Local learning rate of the last round as a share of the first round's; a geometric sequence
     between them. Late rounds with small steps drift apart less."""
+
+    participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the silos that work in a round, the same number in each; who rests sends zeros.
+    Drawn from study.seed, so that everyone knows who and nobody can choose."""
 
     first_clip: Annotated[float, Field(ge=1e-6, le=100.0)] | None = None
     """Largest change of a parameter in the first round (later clips follow the aggregates);
@@ -218,6 +238,24 @@ class Plan(Spec):
         bound = self.optimizer.learning_rate * self.rounds.local_steps
         return float(np.float32(bound if given is None else given))
 
+    def first_clips(self, tensors: int) -> tuple[float, ...]:
+        """The clips of a model of so many tensors in the first round, for all parts of the vector.
+
+        Half of SCAFFOLD's vector is Δc_i, in the first round a mean of gradients none of which is
+        longer than gradient_clip, which therefore is the clip of their elements.
+        """
+        control = float(np.float32(self.optimizer.gradient_clip))
+        clips = [self.first_clip, control][: self.strategy.parts]
+        return tuple(clip for clip in clips for _ in range(tensors))
+
+    def working(self, round: int, silos: int) -> frozenset[int]:
+        """Roster indices, 1 … N, of the silos that train in a round; the others send zeros.
+
+        m = ⌈participation · N⌉ of them, those whose SHA-256 of (seed, round, index) is smallest:
+        without bias, and decided before the study began.
+        """
+        return working_silos(self.study.seed, round, silos, self.rounds.participation)
+
     def optimizer_of(self, round: int) -> OptimizerSpec:
         """The local optimiser of a round, 1 … rounds.count: lr_r = lr · f^((r − 1)/(R − 1))."""
         passed = (round - 1) / max(1, self.rounds.count - 1)
@@ -244,7 +282,22 @@ class Plan(Spec):
             where, ring = f"a roster of {silos}", self.secure_sum.ring
             fix = "use 16" if ring == 8 else "that is the most a study can have"
             raise PlanError(where, f"secure_sum.ring = {ring} has room for {room} silos: {fix}")
+        self._check_participation(silos, quorum)
         return quorum
+
+    def _check_participation(self, silos: int, quorum: Quorum) -> None:
+        """Whoever drops out, and whoever colludes, two silos that worked are left in every sum:
+        m − (N − t) − c ≥ 2. Zeros hide nobody, and everybody knows who sent them."""
+        working = len(self.working(1, silos))
+        needed = silos - quorum.threshold + quorum.colluders + 2
+        if self.rounds.participation < 1.0 and working < needed:
+            raise PlanError(
+                f"a roster of {silos}",
+                f"rounds.participation = {self.rounds.participation} lets {working} silos work; "
+                f"with threshold = {quorum.threshold} and colluders = {quorum.colluders} it takes "
+                f"{needed} for two honest ones to be left in every sum: use more, or a higher "
+                "threshold, or fewer colluders",
+            )
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
@@ -281,16 +334,27 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(b"concilium/plan/1\n" + text.encode()).digest()
 
 
-def load_plan(source: Path | str) -> Plan:
-    """The plan in a file (a Path) or in a text (a str).
+def working_silos(seed: int, round: int, silos: int, participation: float) -> frozenset[int]:
+    """See `Plan.working`."""
+    # 0.7 · 10 is a little more than 7 in binary, and must not make 8 of 10.
+    number = max(1, math.ceil(participation * silos - 1e-9))
+    order = sorted(range(1, silos + 1), key=lambda index: _draw(seed, round, index))
+    return frozenset(order[:number])
+
+
+def _draw(seed: int, round: int, index: int) -> bytes:
+    return hashlib.sha256(f"concilium/working/1 {seed} {round} {index}".encode()).digest()
+
+
+def load_plan(source: Path | str | Mapping[str, Any]) -> Plan:
+    """The plan in a file (a Path), in a text (a str), or in sections that were parsed already.
 
     Raises PlanError, which says for every problem where it is, what was given and what to write
     instead.
     """
     where = str(source) if isinstance(source, Path) else "plan"
     try:
-        text = source.read_text("utf-8") if isinstance(source, Path) else source
-        raw = tomllib.loads(text)
+        raw = _sections(source)
     except OSError as error:
         raise PlanError(where, f"cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
@@ -302,6 +366,12 @@ def load_plan(source: Path | str) -> Plan:
         return Plan.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         raise PlanError(where, *explain(error, Plan)) from error
+
+
+def _sections(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return {name: dict(section) for name, section in source.items()}
+    return tomllib.loads(source.read_text("utf-8") if isinstance(source, Path) else source)
 
 
 def _take_image_shape_from_data(raw: dict[str, Any]) -> None:

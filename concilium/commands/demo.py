@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from concilium.demo.datasets import DATASETS, DataMissing, LabelledImages
+from concilium.datasets import DATASETS, DataMissing, LabelledImages
 from concilium.demo.federation import NAMES, Federation, ProcessDied
-from concilium.demo.partition import dirichlet, histogram
 from concilium.demo.watch import watching
+from concilium.partition import dirichlet, histogram
 from coordinator import admin
 from coordinator.admin import StudyStatus
 from silo.errors import SiloError

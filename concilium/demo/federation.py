@@ -23,7 +23,7 @@ from typing import Self
 import numpy as np
 
 import silo.admin
-from concilium.demo.datasets import Images
+from concilium.datasets import Images
 from coordinator import admin
 from coordinator.config import Home, config_text
 from silo.identity import Enrolment

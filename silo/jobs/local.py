@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.audit import audit
-from diffusion.execution import choose_execution
+from diffusion.execution import Execution, choose_execution
 from diffusion.labels import drawn_labels
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
-from diffusion.training import train
 from silo.data.cache import Labels
 from silo.errors import DataError
 from silo.files import move, sync_file
 from silo.jobs.audit import write_audit
-from silo.jobs.training import (
-    SAVE_EVERY,
-    first_model,
-    read_images,
-    read_labels,
-    resume_from,
-    save_to,
-)
+from silo.jobs.training import read_images, read_labels, resume_from, save_to
+from silo.jobs.warm_up import warm_up
 from silo.orders import LocalTrained, Sampled, SampleLocal, TrainLocal
 from silo.worker import ProgressFile
 from study.integers import coarse_count
-from study.plan import load_plan
+from study.plan import Plan, load_plan
 from study.reservation import with_labels
 
 FEWEST_OF_A_CLASS = 5
+Vector = NDArray[np.float32]
+_ACTIVITY = "training the local model"
 
 
 def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
@@ -40,25 +36,33 @@ def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
     plan = load_plan(order.plan)
     if plan.warm_up is None:
         raise TypeError("the plan has no [warm_up]")
-    steps = plan.warm_up.steps
-    result = train(
-        first_model(plan),
+    steps, began = plan.warm_up.steps, time.monotonic()
+    resumed = resume_from(order.checkpoint)
+    done = warm_up(
+        plan,
         read_images(order.images),
         labels=read_labels(plan, order.images),
-        steps=steps,
-        schedule=plan.schedule,
-        objective=plan.objective,
-        optimizer=plan.optimizer,
         seed=order.seed,
         execution=choose_execution(order.machine.device, order.machine.threads),
-        progress=lambda done, _: progress("training the local model", done, steps),
+        checks=order.checkpoint.with_suffix(".checks.npz"),
+        progress=lambda done, _: progress(_ACTIVITY, done, steps),
         save=lambda checkpoint: save_to(order.checkpoint, checkpoint),
-        save_every=SAVE_EVERY,
-        resume=resume_from(order.checkpoint),
+        resume=resumed,
     )
-    _save(order.weights, result.ema)
+    _save(order.weights, done.weights)
     order.checkpoint.unlink(missing_ok=True)
-    return LocalTrained(result.loss_sum / max(result.steps, 1), result.first_non_finite_step)
+    order.checkpoint.with_suffix(".checks.npz").unlink(missing_ok=True)
+    taken = done.steps - (resumed.steps if resumed else 0)
+    _wait_out(done.steps, steps, (time.monotonic() - began) / max(1, taken), progress)
+    return LocalTrained(done.loss, done.first_bad_step)
+
+
+def _wait_out(done: int, steps: int, seconds_each: float, progress: ProgressFile) -> None:
+    """Let the time pass that the steps not taken would have taken, and say what they would have
+    said: when a local model has converged tells how many and how varied its images are."""
+    for step in range(done + 1, steps + 1):
+        time.sleep(seconds_each)
+        progress(_ACTIVITY, step, steps)
 
 
 def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
@@ -70,26 +74,16 @@ def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
     plan = load_plan(order.plan)
     if plan.auxiliary is None:
         raise TypeError("the plan has no [auxiliary]")
-    model = build_model(plan.model)
-    load_vector(model, np.load(order.weights))
+    weights: Vector = np.load(order.weights)
     known = read_labels(plan, order.images)
     labels = None
     if known is not None:
-        weights = label_weights(known)
-        labels = drawn_labels(weights, order.samples, seed=order.seed, first_index=order.first)
+        shares = label_weights(known)
+        labels = drawn_labels(shares, order.samples, seed=order.seed, first_index=order.first)
     # How many is this site's share of the counts: it is for nobody outside to see.
     progress("sampling", 0, 1)
-    samples = sample(
-        model,
-        order.samples,
-        schedule=plan.schedule,
-        objective=plan.objective,
-        sampler=plan.sampler,
-        seed=order.seed,
-        execution=choose_execution(order.machine.device, order.machine.threads),
-        labels=labels,
-        first_index=order.first,
-    )
+    execution = choose_execution(order.machine.device, order.machine.threads)
+    samples = draw(plan, weights, order.samples, order.first, order.seed, execution, labels)
     progress("auditing samples", 0, 1)
     quantile = plan.auxiliary.audit_quantile
     training = read_images(order.images)
@@ -98,6 +92,31 @@ def sample_local(order: SampleLocal, progress: ProgressFile) -> Sampled:
     kept = samples[keep] if labels is None else with_labels(samples[keep], labels[keep])
     _save(order.kept, kept)
     return Sampled(report.samples, report.kept, report.threshold)
+
+
+def draw(
+    plan: Plan,
+    weights: Vector,
+    n: int,
+    first: int,
+    seed: int,
+    execution: Execution,
+    labels: Labels | None = None,
+) -> NDArray[np.uint8]:
+    """Samples number `first` … `first + n − 1` of a local model: uint8 (n, c, h, w)."""
+    model = build_model(plan.model)
+    load_vector(model, weights)
+    return sample(
+        model,
+        n,
+        schedule=plan.schedule,
+        objective=plan.objective,
+        sampler=plan.sampler,
+        seed=seed,
+        execution=execution,
+        labels=labels,
+        first_index=first,
+    )
 
 
 def label_weights(labels: Labels) -> NDArray[np.int64]:

@@ -1,20 +1,28 @@
 """A model round at a silo.
 
 θ_i = train(θ, local_steps)       δ_i = θ_i − θ       vector = encode(δ_i + residual)
+
+With a control variate (study/strategies/scaffold.py) the input is [θ; c], and what is encoded is
+[δ_i; Δc_i].
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from diffusion.execution import choose_execution
+from diffusion.checkpoint import Checkpoint
+from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
-from diffusion.training import TrainResult, train
+from diffusion.training import Images, train
+from silo.data.cache import Labels
 from silo.errors import ProposalRefused
 from silo.files import sync_file, write_file
 from silo.jobs.training import (
@@ -41,25 +49,105 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
     plan, work = load_plan(order.plan), decode_work(order.work)
     if not isinstance(work, RoundWork):
         raise TypeError(f"{work.purpose} is no model round")
-    start = np.fromfile(order.model, dtype="<f4").astype(np.float32, copy=False)
-    model = _input_model(plan, work, order, start)
-    result = _train(model, plan, order, start, progress)
-    delta = to_vector(model) - start
-    loss = result.loss_sum / max(result.steps, 1)
-    encoded = _encode(order, work, plan, delta, loss)
-    with open(order.new_residual, "wb") as file:
-        np.save(file, encoded.residual)
-    sync_file(order.new_residual)
+    given = np.fromfile(order.model, dtype="<f4").astype(np.float32, copy=False)
+    model = _input_model(plan, work, order, given)
+    own = np.load(order.control) if order.control.exists() else None
+    steps = plan.rounds.local_steps
+    trained = train_from(
+        model,
+        plan,
+        given,
+        read_images(order.images),
+        labels=read_labels(plan, order.images),
+        round=order.round,
+        seed=order.seed,
+        execution=choose_execution(order.machine.device, order.machine.threads),
+        own_control=own,
+        progress=lambda done, _: progress(f"training round {order.round}", done, steps),
+        save=lambda checkpoint: save_to(order.checkpoint, checkpoint),
+        resume=resume_from(order.checkpoint),
+    )
+    encoded = _encode(order, work, plan, trained.change, trained.loss)
+    _save(order.new_residual, encoded.residual)
+    if trained.control is not None and not encoded.fault:
+        _save(order.new_control, trained.control)
     write_file(order.vector, encoded.vector.tobytes())
     order.checkpoint.unlink(missing_ok=True)
-    return RoundTrained(loss, encoded.saturated, encoded.fault, result.first_non_finite_step)
+    return RoundTrained(trained.loss, encoded.saturated, encoded.fault, trained.first_bad_step)
 
 
-def _input_model(plan: Plan, work: RoundWork, order: TrainRound, start: Vector) -> nn.Module:
+@dataclass(frozen=True)
+class Trained:
+    """What the local steps of a round gave."""
+
+    change: Vector
+    """[parts · n] δ_i, or [δ_i; Δc_i]."""
+    loss: float
+    """Mean over the steps."""
+    control: Vector | None
+    """[n] c_i⁺ of strategies with a control variate."""
+    first_bad_step: int | None
+    """The first step whose loss was not finite."""
+
+
+def train_from(
+    model: nn.Module,
+    plan: Plan,
+    given: Vector,
+    images: Images,
+    *,
+    labels: Labels | None = None,
+    round: int,
+    seed: int,
+    execution: Execution,
+    own_control: Vector | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    save: Callable[[Checkpoint], None] | None = None,
+    resume: Checkpoint | None = None,
+) -> Trained:
+    """The silo's half of a round: `local_steps` steps from `given` (θ, or [θ; c]) on its images.
+
+    `own_control` is c_i, None before the first round that this silo worked in.
+    """
+    n, rules, steps = len(given) // plan.strategy.parts, plan.strategy.local_rules(), plan.rounds
+    start, control = given[:n], None
+    own = np.zeros(n, np.float32) if own_control is None else own_control
+    if rules.control:
+        control = given[n:] - own
+    load_vector(model, start)
+    result = train(
+        model,
+        images,
+        labels=labels,
+        steps=steps.local_steps,
+        schedule=plan.schedule,
+        objective=plan.objective,
+        optimizer=plan.optimizer_of(round),
+        seed=seed,
+        execution=execution,
+        first_step=(round - 1) * steps.local_steps,
+        proximal=(start, rules.proximal_mu) if rules.proximal_mu else None,
+        control=control,
+        progress=progress,
+        save=save,
+        save_every=SAVE_EVERY,
+        resume=resume,
+    )
+    change, new_own = to_vector(model) - start, result.mean_gradient
+    if new_own is not None:
+        change = np.concatenate([change, new_own - own])
+    loss = result.loss_sum / max(result.steps, 1)
+    return Trained(change, loss, new_own, result.first_non_finite_step)
+
+
+def _input_model(plan: Plan, work: RoundWork, order: TrainRound, given: Vector) -> nn.Module:
     model = first_model(plan) if order.round == 1 else build_model(plan.model)
     sizes = tuple(int(np.prod(shape, dtype=np.int64)) for _, shape, _ in parameter_layout(model))
-    if work.sizes != sizes:
+    if work.sizes != sizes * plan.strategy.parts:
         raise ProposalRefused(f"round {order.round}: the tensor sizes are not those of the model")
+    start, rest = given[: sum(sizes)], given[sum(sizes) :]
+    if order.round == 1 and rest.any():
+        raise ProposalRefused("round 1: the control variate is not zero")
     if order.round == 1 and hashlib.sha256(start.astype("<f4").tobytes()).digest() != (
         model_sha256(model)
     ):
@@ -67,32 +155,13 @@ def _input_model(plan: Plan, work: RoundWork, order: TrainRound, start: Vector) 
             "round 1: the first model is not the one that the plan's seed gives; a model made to "
             "remember images could look like this"
         )
-    load_vector(model, start)
     return model
 
 
-def _train(
-    model: nn.Module, plan: Plan, order: TrainRound, start: Vector, progress: ProgressFile
-) -> TrainResult:
-    mu = plan.strategy.local_rules().proximal_mu
-    steps = plan.rounds.local_steps
-    return train(
-        model,
-        read_images(order.images),
-        labels=read_labels(plan, order.images),
-        steps=steps,
-        schedule=plan.schedule,
-        objective=plan.objective,
-        optimizer=plan.optimizer_of(order.round),
-        seed=order.seed,
-        execution=choose_execution(order.machine.device, order.machine.threads),
-        first_step=(order.round - 1) * steps,
-        proximal=(start, mu) if mu else None,
-        progress=lambda done, _: progress(f"training round {order.round}", done, steps),
-        save=lambda checkpoint: save_to(order.checkpoint, checkpoint),
-        save_every=SAVE_EVERY,
-        resume=resume_from(order.checkpoint),
-    )
+def _save(path: Path, array: Vector) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+    sync_file(path)
 
 
 def _encode(order: TrainRound, work: RoundWork, plan: Plan, delta: Vector, loss: float) -> Encoded:

@@ -24,9 +24,11 @@ from study.strategies.fedddpm import FedDDPM
 from study.strategies.fedddpm_plus import FedDDPMPlus
 from study.strategies.fedopt import FedAdam, FedYogi
 from study.strategies.fedprox import FedProx
+from study.strategies.scaffold import Scaffold
 
 AnyStrategy: TypeAlias = Annotated[
-    FedAvg | FedProx | FedAdam | FedYogi | FedDDPM | FedDDPMPlus, Field(discriminator="kind")
+    FedAvg | FedProx | Scaffold | FedAdam | FedYogi | FedDDPM | FedDDPMPlus,
+    Field(discriminator="kind"),
 ]
 """The [strategy] table of a plan: which one is told by its `kind`."""
 
@@ -42,6 +44,7 @@ __all__ = [
     "FedYogi",
     "LocalRules",
     "RoundRecord",
+    "Scaffold",
     "State",
     "Strategy",
 ]

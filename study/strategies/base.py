@@ -23,6 +23,9 @@ class LocalRules:
     proximal_mu: float = 0.0
     """μ of the proximal term μ/2 · ‖θ − θ_global‖² in the local loss; 0 = none."""
 
+    control: bool = False
+    """Whether every gradient gets c − c_i, and the silo's vector is [δ; Δc_i] (SCAFFOLD)."""
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -32,6 +35,8 @@ class Correction:
     learning_rate: float
     held_out: float
     """Share of the auxiliary images that correction never sees: the trigger watches these."""
+    average: bool = True
+    """Whether the corrected model is the moving average of the weights during the correction."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class RoundRecord:
     aux_loss_after: float | None = None
     """The same after the correction, where there was one."""
     corrected: bool = False
+    silo_loss: float | None = None
+    """Mean training loss of the round over the silos, weighted by their counts: a secure sum."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,34 @@ class Strategy(Spec):
         """How to correct, or None for a strategy that never does and needs no auxiliary set."""
         return None
 
+    @property
+    def parts(self) -> int:
+        """Vectors of the model's size that travel each way: θ and δ; with a control variate also c
+        and Δc."""
+        return 2 if self.local_rules().control else 1
+
     def initial_state(self, size: int) -> State:
         """The state before the first round, for a model of `size` parameters."""
         return {}
 
+    def round_input(self, state: State, global_vector: Vector) -> Vector:
+        """What the silos are sent: float32 [parts · n], the model first."""
+        return global_vector
+
     def aggregate(
         self, state: State, global_vector: Vector, mean_delta: Vector, round: int
     ) -> tuple[State, Vector]:
-        """The next state and global model from the weighted mean delta (float32 [n] both).
+        """The next state and global model (float32 [n]) from the weighted mean of what the silos
+        sent (float32 [parts · n]).
 
         FedAvg's step θ_{r+1} = θ_r + mean δ unless a strategy says otherwise. Neither argument is
         changed. `round` counts from 1.
         """
         return state, global_vector + mean_delta
 
-    def decide(self, history: Sequence[RoundRecord]) -> Decision:
+    def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether to correct the aggregate of the last round in `history` (completed rounds, in
-        order).
+        order); `last` where the plan has no further round.
 
         The last record has its `aux_loss_before` and is not corrected yet.
         """

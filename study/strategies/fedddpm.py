@@ -27,12 +27,20 @@ class Corrected(Strategy):
     correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
     """AdamW's step size in a correction."""
 
+    correction_average: bool = True
+    """Whether a correction ends in the moving average of its weights instead of the last ones."""
+
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the auxiliary images that correction never sees: the loss is watched on these."""
 
     @property
     def correction(self) -> Correction:
-        return Correction(self.correction_steps, self.correction_learning_rate, self.held_out)
+        return Correction(
+            self.correction_steps,
+            self.correction_learning_rate,
+            self.held_out,
+            self.correction_average,
+        )
 
 
 class FedDDPM(Corrected):
@@ -41,5 +49,5 @@ class FedDDPM(Corrected):
     kind: Literal["fedddpm"] = "fedddpm"
     """Correct the aggregate every round."""
 
-    def decide(self, history: Sequence[RoundRecord]) -> Decision:
+    def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         return Decision(True, "FedDDPM corrects every round")

@@ -8,6 +8,12 @@ in every round (common random numbers), and r' the completed round W before r:
 
 One correction, then W completed rounds without one. Thus no window holds a correction: the two
 losses compared are always those of aggregates between which nothing but federated rounds happened.
+With `correct_last` the aggregate of the last round is corrected in any case.
+
+With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
+the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
+it is the loss of local models on their own images, which also falls where the global model learns
+nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from pydantic import Field
 
 from study.strategies.base import Decision, RoundRecord
 from study.strategies.fedddpm import Corrected
+
+_SIGNALS = {"auxiliary": "held-out", "silos": "the silos'"}
 
 
 class FedDDPMPlus(Corrected):
@@ -34,10 +42,18 @@ class FedDDPMPlus(Corrected):
     tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.02
     """τ: the relative improvement over W rounds below which learning is slow."""
 
-    def decide(self, history: Sequence[RoundRecord]) -> Decision:
+    signal: Literal["auxiliary", "silos"] = "auxiliary"
+    """The loss that is watched: of held-out auxiliary images, or of the silos' training."""
+
+    correct_last: bool = True
+    """Whether the aggregate of the last round is corrected, however fast learning is."""
+
+    def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether learning is slow; the numbers: both losses, their rounds, improvement, W, τ."""
         W = self.window
         numbers: dict[str, float] = {"window": W, "tau": self.tau}
+        if last and self.correct_last:
+            return Decision(True, "the last round is corrected in any case", numbers)
         since = next((k for k, record in enumerate(reversed(history)) if record.corrected), None)
         if since is not None and since <= W:
             numbers["rounds_since_correction"] = since
@@ -46,9 +62,9 @@ class FedDDPMPlus(Corrected):
             numbers["rounds_completed"] = len(history)
             return Decision(False, f"needs {W + 1} completed rounds, has {len(history)}", numbers)
         now, then = history[-1], history[-1 - W]
-        if now.aux_loss_before is None or then.aux_loss_before is None:
-            return Decision(False, "no held-out loss was measured", numbers)
-        before, after = then.aux_loss_before, now.aux_loss_before
+        before, after = self._loss(then), self._loss(now)
+        if before is None or after is None:
+            return Decision(False, "no loss was measured", numbers)
         numbers |= {
             "round": now.round,
             "loss": after,
@@ -56,12 +72,16 @@ class FedDDPMPlus(Corrected):
             "round_then": then.round,
         }
         if not (math.isfinite(before) and math.isfinite(after) and before > 0):
-            return Decision(False, "the held-out loss is not a positive number", numbers)
+            return Decision(False, "the loss is not a positive number", numbers)
         improvement = (before - after) / before
         numbers["improvement"] = improvement
         slow = improvement < self.tau
         reason = (
-            f"held-out loss {before:.6g} (round {then.round}) → {after:.6g} (round {now.round}): "
+            f"{_SIGNALS[self.signal]} loss {before:.6g} (round {then.round}) → "
+            f"{after:.6g} (round {now.round}): "
             f"improved by {improvement:.2%}, {'below' if slow else 'not below'} τ = {self.tau:.2%}"
         )
         return Decision(slow, reason, numbers)
+
+    def _loss(self, record: RoundRecord) -> float | None:
+        return record.silo_loss if self.signal == "silos" else record.aux_loss_before

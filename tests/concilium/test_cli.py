@@ -14,7 +14,7 @@ from PIL import Image
 
 from concilium.cli import main
 from concilium.commands.demo import demo_plan
-from concilium.demo.datasets import DATASETS
+from concilium.datasets import DATASETS
 
 README = Path(__file__).parents[2] / "README.md"
 

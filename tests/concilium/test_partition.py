@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from concilium.demo.datasets import FASHION_MNIST, DataMissing, digits, fashion_mnist
-from concilium.demo.partition import dirichlet, histogram
+from concilium.datasets import FASHION_MNIST, DataMissing, digits, fashion_mnist, load_dataset
+from concilium.partition import Partition, dirichlet, histogram, histogram_png, histogram_text
 
 
 def test_every_image_goes_to_exactly_one_silo() -> None:
@@ -37,10 +40,91 @@ def test_no_silo_gets_an_image_that_trained_the_feature_network() -> None:
     assert digits().images.max() == 255
 
 
-def test_fashion_mnist_is_read_where_it_is_installed_and_missed_with_a_hint(
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(DataMissing, match="dataset-fashion-mnist"):
-        fashion_mnist(tmp_path)
+def test_k_classes_per_silo_are_k_classes_per_silo_and_nobody_loses_an_image() -> None:
+    labels = digits().labels
+    for silos, k in ((5, 2), (4, 3), (10, 2), (3, 10)):
+        parts = Partition(labels="classes", classes=k).split(labels, silos, seed=1)
+        counts = histogram(labels, parts)
+        assert ((counts > 0).sum(axis=1) == k).all()
+        assert counts.sum() == len(labels)
+    with pytest.raises(ValueError, match="every class needs a silo"):
+        Partition(labels="classes", classes=2).split(labels, 4, seed=1)
+
+
+def test_quantity_skew_keeps_the_labels_and_changes_the_sizes() -> None:
+    labels = digits().labels
+    parts = Partition(quantity=0.5).split(labels, 4, seed=2)
+    sizes = sorted(len(part) for part in parts)
+    assert sizes[-1] == 375, "the largest keeps all of its part"
+    assert sizes[0] < 0.5 * sizes[-1]
+    both = Partition(labels="classes", classes=5, quantity=1.0).split(labels, 4, seed=2)
+    assert ((histogram(labels, both) > 0).sum(axis=1) == 5).all()
+
+
+def test_scanners_differ_from_silo_to_silo_and_agree_with_themselves() -> None:
+    images = digits().images[:30]
+    skew = Partition(rotation=20.0, contrast=0.4, noise=10.0)
+    seen = [skew.altered(images, silo, 3, seed=1) for silo in range(3)]
+    assert all(s.shape == images.shape and s.dtype == np.uint8 for s in seen)
+    assert np.array_equal(seen[0], skew.altered(images, 0, 3, seed=1))
+    assert seen[0].std() < seen[1].std(), "the first silo has the lowest contrast"
+    only = Partition(rotation=20.0)
+    assert np.array_equal(only.altered(images, 1, 3, seed=1), images), "the middle one is upright"
+    assert not np.array_equal(only.altered(images, 2, 3, seed=1), images)
+    quarter = Partition(rotation=90.0).altered(images, 2, 3, seed=1)
+    assert np.array_equal(quarter, np.rot90(images, axes=(2, 3)))
+
+
+def test_a_partition_shows_itself_as_text_and_as_a_picture(tmp_path: Path) -> None:
+    counts = np.array([[3, 0], [12, 5]])
+    assert histogram_text(counts).splitlines()[1].split() == ["1", "3", "·", "3"]
+    histogram_png(counts, tmp_path / "h.png")
+    with Image.open(tmp_path / "h.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels[20, 38] > pixels[38, 5] > 0, "more images are darker"
+
+
+def pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_published_layouts_are_read_with_their_labels(tmp_path: Path) -> None:
+    mnist = tmp_path / "mnist"
+    mnist.mkdir()
+    grey = pixels(4, 28, 28)
+    header = b"\0\0\x08\x03" + struct.pack(">III", 4, 28, 28)
+    with gzip.open(mnist / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(header + grey.tobytes())
+    labels = b"\0\0\x08\x01" + struct.pack(">I", 4) + bytes([7, 0, 1, 9])
+    (mnist / "train-labels-idx1-ubyte").write_bytes(labels)
+    found = load_dataset(str(mnist), 28)
+    assert np.array_equal(found.images[:, 0], grey)
+    assert found.labels.tolist() == [7, 0, 1, 9]
+
+    colour = pixels(2, 3072)
+    ten, hundred = tmp_path / "cifar10", tmp_path / "cifar100"
+    ten.mkdir()
+    hundred.mkdir()
+    for k in range(1, 6):
+        (ten / f"data_batch_{k}.bin").write_bytes(bytes([k]) + colour[0].tobytes())
+    (hundred / "train.bin").write_bytes(bytes([1, 42]) + colour[1].tobytes())
+    assert load_dataset(str(ten), 32, 3).labels.tolist() == [1, 2, 3, 4, 5]
+    assert load_dataset(str(hundred), 32, 3).labels.tolist() == [42]
+    assert np.array_equal(load_dataset(str(hundred), 32, 3).images[0], colour[1].reshape(3, 32, 32))
+
+    med = tmp_path / "pathmnist.npz"
+    np.savez(med, train_images=pixels(3, 28, 28, 3), train_labels=np.array([[2], [0], [1]]))
+    assert load_dataset(str(med), 28, 3).images.shape == (3, 3, 28, 28)
+    assert load_dataset(str(med), 14, 1).labels.tolist() == [2, 0, 1]
+
+    np.savez(tmp_path / "bare.npz", images=pixels(3, 8, 8))
+    with pytest.raises(DataMissing, match="3 of 3 images have no label"):
+        load_dataset(str(tmp_path / "bare.npz"), 8)
+
+
+def test_fashion_mnist_is_read_where_it_is_installed_and_missed_with_a_hint() -> None:
     if FASHION_MNIST.exists():
         assert fashion_mnist().images.shape == (60_000, 1, 28, 28)
+        return
+    with pytest.raises(DataMissing, match="dataset-fashion-mnist"):
+        fashion_mnist()

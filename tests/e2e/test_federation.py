@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concilium.demo.datasets import digits
+from concilium.datasets import digits
 from concilium.demo.federation import NAMES, Federation
-from concilium.demo.partition import dirichlet
+from concilium.partition import dirichlet
 from coordinator import admin
 from diffusion.frechet import fid, moments
 from study.plan import load_plan

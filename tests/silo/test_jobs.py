@@ -65,6 +65,8 @@ def order(tmp_path: Path, images: Path) -> TrainRound:
         residual=tmp_path / "residual.npy",
         vector=tmp_path / "vector",
         new_residual=tmp_path / "new.npy",
+        control=tmp_path / "control.npy",
+        new_control=tmp_path / "new-control.npy",
         checkpoint=tmp_path / "checkpoint",
     )
 

@@ -92,7 +92,7 @@ class Place:
 
     def quantities(self) -> Quantities:
         worker: Any = self.worker
-        return Quantities(self.home, self.study, PLAN, self.config, worker)
+        return Quantities(self.home, self.study, PLAN, self.config, worker, 1)
 
     async def prepare(self, context: SessionContext, work: Work) -> bytes:
         artifact = self.study.path / "artifact"
@@ -134,7 +134,7 @@ async def test_a_conditional_study_begins_only_where_every_image_has_a_label(
     worker: Any = place.worker
 
     def quantities() -> Quantities:
-        return Quantities(place.home, place.study, plan, place.config, worker)
+        return Quantities(place.home, place.study, plan, place.config, worker, 1)
 
     with pytest.raises(DataError, match="not every image here has a label"):
         await quantities().count()

@@ -1,0 +1,84 @@
+"""Public labelled images: scikit-learn's digits, and the files that other publishers offer.
+
+The files are read by the readers of the silo (`silo.data`), so that a simulation sees what a silo
+would see: MNIST and Fashion-MNIST (IDX, also .gz), CIFAR-10 and CIFAR-100 (the binary versions),
+MedMNIST (.npz).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silo.data.dataset import open_dataset
+from silo.errors import DataError
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts its files."""
+
+
+class DataMissing(Exception):
+    """The data set is not on this machine, or its files are not what they should be."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """uint8 images [n, c, h, w] and their classes [n]."""
+
+    images: Images
+    labels: Labels
+
+
+def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImages:
+    """The training images of "digits", "fashion-mnist", or the file or folder `name`, resized.
+
+    Raises DataMissing where there is none, or where it has no label for every image.
+    """
+    if name == "digits":
+        found = digits()
+        if found.images.shape[1:] != (channels, image_size, image_size):
+            raise DataMissing(f"digits are 1×8×8, not {channels}×{image_size}×{image_size}")
+        return found
+    path = FASHION_MNIST if name == "fashion-mnist" else Path(name)
+    hint = "; on Debian: apt-get install dataset-fashion-mnist" if path == FASHION_MNIST else ""
+    try:
+        samples = list(open_dataset(path, "auto", image_size, channels))
+    except DataError as error:
+        raise DataMissing(f"data = {name!r}: {error}{hint}") from error
+    labels = [sample.label for sample in samples if sample.label is not None]
+    if len(labels) != len(samples):
+        raise DataMissing(
+            f"data = {name!r}: {len(samples) - len(labels)} of {len(samples)} images have no label"
+        )
+    images = np.stack([sample.pixels for sample in samples])
+    return LabelledImages(images, np.array(labels, dtype=np.int64))
+
+
+def digits() -> LabelledImages:
+    """scikit-learn's handwritten digits, 8×8, without those that trained the feature network."""
+    from sklearn.datasets import load_digits
+
+    from diffusion.features.holdout import holdout_split
+
+    raw = load_digits()
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8)[:, None]
+    for_silos, _ = holdout_split(len(images))
+    return LabelledImages(images[for_silos], raw.target[for_silos].astype(np.int64))
+
+
+def fashion_mnist() -> LabelledImages:
+    """Fashion-MNIST's 60,000 training images, 28×28; its test images trained the feature network.
+
+    Raises `DataMissing` where Debian's `dataset-fashion-mnist` is not installed.
+    """
+    return load_dataset("fashion-mnist", 28)
+
+
+DATASETS = {"digits": digits, "fashion-mnist": fashion_mnist}
+"""What `concilium demo` offers."""

@@ -1,0 +1,125 @@
+"""FID, KID and coverage of samples against all silos' images, by the plan's feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concilium.simulate.memo import Memo, digest_array
+from concilium.simulate.silos import Federation
+from concilium.simulate.spec import Simulation
+from diffusion.coverage import covered, neighbour_radii
+from diffusion.execution import Execution
+from diffusion.features.network import load_feature_network
+from diffusion.frechet import fid, kid, moments
+from diffusion.model import build_model, load_vector
+from diffusion.sampling import sample
+from study.plan import Plan
+
+Vector = NDArray[np.float32]
+Images = NDArray[np.uint8]
+_FIRST_MEASURED = 1_000_000  # as coordinator.jobs: after the numbers of the grids
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far samples are from the silos' images."""
+
+    samples: int
+    fid: float
+    kid: float
+    coverage: float
+    """Share of all real images that are covered."""
+    coverage_by_silo: tuple[float, ...]
+    """The same of each silo's own."""
+
+    def line(self) -> dict[str, Any]:
+        """For a line of metrics.jsonl."""
+        return {**vars(self), "coverage_by_silo": list(self.coverage_by_silo)}
+
+
+class Ruler:
+    """Measures models of one study, always with the same noise."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        federation: Federation,
+        memo: Memo,
+        execution: Execution,
+        simulation: Simulation,
+    ) -> None:
+        self._plan, self._memo, self._execution = plan, memo, execution
+        self._precision = simulation.precision
+        self._evaluation = plan.evaluation
+        if self._evaluation is None:
+            return
+        self._network = load_feature_network(self._evaluation.feature_network)
+        self._center = self._network.public_center().astype(np.float64)
+        self._by_silo = [self._network.extract(images) for images in federation.images]
+        self._real = np.concatenate(self._by_silo)
+        self._radii = neighbour_radii(self._real)
+        self._moments = moments(self._real, self._center)
+
+    def of_model(self, model: Vector) -> Measured:
+        """Of samples of one model."""
+        return self.of_models([model])
+
+    def of_models(self, models: Sequence[Vector]) -> Measured:
+        """Of the samples of several models together, equally many of each."""
+        if self._evaluation is None:
+            raise ValueError("the plan has no [evaluation]")
+        each = self._evaluation.samples // len(models)
+        return self._measure(np.concatenate([self._features(model, each) for model in models]))
+
+    def of_images(self, images: Images) -> Measured:
+        """Of images that are there already."""
+        if self._evaluation is None:
+            raise ValueError("the plan has no [evaluation]")
+        return self._measure(self._network.extract(images))
+
+    def _measure(self, features: Vector) -> Measured:
+        inside = covered(self._real, features, self._radii)
+        ends = np.cumsum([len(own) for own in self._by_silo])[:-1]
+        return Measured(
+            samples=len(features),
+            fid=fid(self._moments, moments(features, self._center)),
+            kid=kid(self._real, features),
+            coverage=float(inside.mean()),
+            coverage_by_silo=tuple(float(own.mean()) for own in np.split(inside, ends)),
+        )
+
+    def _features(self, model: Vector, n: int) -> Vector:
+        plan = self._plan
+        inputs = {
+            "what": "features of samples",
+            "weights": digest_array(model),
+            "network": self._evaluation and self._evaluation.sha256,
+            "samples": n,
+            "seed": plan.study.seed,
+            "precision": self._precision,
+            **{
+                part: getattr(plan, part).model_dump(mode="json")
+                for part in ("model", "schedule", "objective", "sampler")
+            },
+        }
+        return self._memo.get(inputs, lambda: {"features": self._drawn(model, n)})["features"]
+
+    def _drawn(self, model: Vector, n: int) -> Vector:
+        network = build_model(self._plan.model)
+        load_vector(network, model)
+        images = sample(
+            network,
+            n,
+            schedule=self._plan.schedule,
+            objective=self._plan.objective,
+            sampler=self._plan.sampler,
+            seed=self._plan.study.seed,
+            execution=self._execution,
+            first_index=_FIRST_MEASURED,
+        )
+        return self._network.extract(images)

@@ -1,0 +1,275 @@
+"""What simulated silos hold and compute: images, a round, their part of the anonymous union."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from concilium.datasets import LabelledImages
+from concilium.simulate.memo import Arrays, Memo, digest_array
+from concilium.simulate.spec import Point
+from concilium.simulate.summing import SecureSum
+from diffusion.audit import audit
+from diffusion.execution import Execution, choose_execution
+from diffusion.model import build_model
+from silo.auxiliary import derived_seed
+from silo.jobs.local import draw
+from silo.jobs.round import train_from
+from silo.jobs.warm_up import warm_up
+from study.integers import coarse_count
+from study.quantity import ImagesWork, TagsWork
+from study.reservation import Reservation, collect, images_vector, renumber, reserve, share
+
+T = TypeVar("T")
+R = TypeVar("R")
+Words = TypeVar("Words", NDArray[np.uint8], NDArray[np.uint32])
+Vector = NDArray[np.float32]
+Images = NDArray[np.uint8]
+
+_MOST_DRAWS_PER_IMAGE = 4
+
+
+class Pool(Protocol):
+    """Where independent pieces of work are computed."""
+
+    def map(self, function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
+        """The results, in the order of the tasks."""
+
+
+class Here:
+    """One after the other, in this process."""
+
+    def map(self, function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
+        """The results, in the order of the tasks."""
+        return [function(task) for task in tasks]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Silos 1 … N: their images, and the counts that they would tell."""
+
+    images: tuple[Images, ...]
+    labels: tuple[NDArray[np.int64], ...]
+    secrets: tuple[bytes, ...]
+    """What each silo draws from the system's entropy, here a function of the simulation's seed."""
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.images)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order of the roster."""
+        return tuple(f"silo-{index:03}" for index in range(1, self.size + 1))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """ñ_i."""
+        return tuple(coarse_count(len(images)) for images in self.images)
+
+    @property
+    def total(self) -> int:
+        """Σñ."""
+        return sum(self.counts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """w_i = ñ_i / Σñ."""
+        return tuple(count / self.total for count in self.counts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all images, who has them, and the secrets."""
+        return digest_array(*self.images, *(np.frombuffer(s, np.uint8) for s in self.secrets))
+
+
+def federate(point: Point, data: LabelledImages) -> Federation:
+    """The data set split over the point's silos. Raises ValueError where it cannot be."""
+    simulation, seed = point.simulation, point.seed
+    images, labels = data.images, data.labels
+    if simulation.images is not None and simulation.images < len(images):
+        chosen = np.random.default_rng(seed).permutation(len(images))[: simulation.images]
+        images, labels = images[np.sort(chosen)], labels[np.sort(chosen)]
+    parts = simulation.partition.split(labels, simulation.silos, seed)
+    return Federation(
+        tuple(
+            simulation.partition.altered(images[part], silo, simulation.silos, seed)
+            for silo, part in enumerate(parts)
+        ),
+        tuple(labels[part] for part in parts),
+        tuple(secret_of(seed, index) for index in range(1, simulation.silos + 1)),
+    )
+
+
+def execution_of(precision: Literal["auto", "float32"]) -> Execution:
+    """As a silo chooses it, or that in float32."""
+    chosen = choose_execution()
+    if precision == "auto" or chosen.device.type != "cpu":
+        return chosen if precision == "auto" else replace(chosen, dtype=torch.float32)
+    return Execution(chosen.device, torch.float32, torch.contiguous_format)
+
+
+def secret_of(seed: int, index: int) -> bytes:
+    """The secret of a simulated silo."""
+    return hashlib.sha256(f"concilium/simulate/1 {seed} {index}".encode()).digest()
+
+
+def dither_key(secret: bytes, round: int) -> bytes:
+    """The key of a silo's stochastic rounding in a round."""
+    return hashlib.sha256(secret + f"dither {round}".encode()).digest()
+
+
+# --- a round
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """The local steps of one silo in one round."""
+
+    point: Point
+    round: int
+    secret: bytes
+    given: Vector
+    images: Images
+    own_control: Vector | None
+
+
+def train_round(task: RoundTask) -> Arrays:
+    """{change, loss} and, with a control variate, {control}; see `silo.jobs.round.train_from`."""
+    plan = task.point.plan
+    done = train_from(
+        build_model(plan.model),
+        plan,
+        task.given,
+        task.images,
+        round=task.round,
+        seed=derived_seed(task.secret, f"round {task.round}"),
+        execution=execution_of(task.point.simulation.precision),
+        own_control=task.own_control,
+    )
+    result: Arrays = {"change": done.change, "loss": np.array(done.loss)}
+    if done.control is not None:
+        result["control"] = done.control
+    return result
+
+
+# --- the auxiliary set
+
+
+@dataclass(frozen=True)
+class UnionTask:
+    """The anonymous union of a study."""
+
+    point: Point
+    federation: Federation
+    common: dict[str, Any]
+    """What every result depends on."""
+
+
+@dataclass(frozen=True)
+class _SiloTask:
+    point: Point
+    secret: bytes
+    images: Images
+    wanted: int
+    weights: Vector | None = None
+
+
+def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> Images:
+    """The images of all silos, in the order of their random slots: uint8 (n, c, h, w)."""
+    plan, federation = task.point.plan, task.federation
+    if plan.auxiliary is None or plan.warm_up is None:
+        raise ValueError("the plan has no [auxiliary] and [warm_up]")
+    images = plan.auxiliary.images
+    local = {
+        **task.common,
+        "what": "local models",
+        "optimizer": plan.optimizer.model_dump(mode="json"),
+        "warm_up": plan.warm_up.model_dump(mode="json"),
+    }
+    inputs = {
+        **local,
+        "what": "union",
+        "sampler": plan.sampler.model_dump(mode="json"),
+        "auxiliary": plan.auxiliary.model_dump(mode="json"),
+        "secure": secure is not None,
+    }
+
+    def compute() -> Arrays:
+        wanted = [share(images, n, federation.total) for n in federation.counts]
+        tasks = [
+            _SiloTask(task.point, secret, own, want)
+            for secret, own, want in zip(federation.secrets, federation.images, wanted, strict=True)
+        ]
+        models = memo.get(local, lambda: {"weights": np.stack(pool.map(_warm_up, tasks))})
+        tasks = [replace(t, weights=w) for t, w in zip(tasks, models["weights"], strict=True)]
+        return {"union": unite(pool.map(_draw, tasks), task, secure)}
+
+    return memo.get(inputs, compute)["union"]
+
+
+def _warm_up(task: _SiloTask) -> Vector:
+    execution = execution_of(task.point.simulation.precision)
+    seed = derived_seed(task.secret, "local model")
+    return warm_up(task.point.plan, task.images, seed=seed, execution=execution).weights
+
+
+def _draw(task: _SiloTask) -> Images:
+    """As many audited samples as wanted, or as the audit lets through."""
+    plan, execution = task.point.plan, execution_of(task.point.simulation.precision)
+    if plan.auxiliary is None or task.weights is None:
+        raise ValueError("the plan has no [auxiliary]")
+    seed = derived_seed(task.secret, "local model")
+    kept: list[Images] = []
+    drawn = found = 0
+    while found < task.wanted and drawn < _MOST_DRAWS_PER_IMAGE * task.wanted + 16:
+        missing = task.wanted - found
+        n = missing + missing // 8 + 8
+        samples = draw(plan, task.weights, n, drawn, seed, execution)
+        keep, _ = audit(samples, task.images, quantile=plan.auxiliary.audit_quantile)
+        kept.append(samples[keep])
+        drawn, found = drawn + n, found + int(keep.sum())
+    return np.concatenate(kept)[: task.wanted]
+
+
+def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) -> Images:
+    """The union by two sums, over each silo's samples."""
+    plan, secrets = task.point.plan, task.federation.secrets
+    if plan.auxiliary is None:
+        raise ValueError("the plan has no [auxiliary]")
+    slots = plan.auxiliary.images * plan.auxiliary.slots_per_image
+    drawn: dict[int, Reservation] = {}
+    for index, images in enumerate(samples, 1):
+        seed = derived_seed(secrets[index - 1], "slots")
+        drawn[index] = reserve(len(images), slots, np.random.default_rng(seed).bytes)
+    tags = {index: own.vector() for index, own in drawn.items()}
+    if secure is None:
+        total = _plain_sum(list(tags.values()))
+    else:
+        work = TagsWork(total_count=1, images=plan.auxiliary.images, slots=slots)
+        total = secure.sum(work, 1, tags)
+    records = {i: images_vector(samples[i - 1], own, total) for i, own in drawn.items()}
+    if secure is None:
+        return collect(_plain_sum(list(records.values())), plan.data.shape)
+    name = hashlib.sha256(total.tobytes()).digest()
+    occupied, size = len(renumber(total)), 1 + samples[0][0].size
+    images_work = ImagesWork(tags=name.hex(), occupied=occupied, record_size=size)
+    survivors = tuple(sorted(records))
+    summed = secure.sum(images_work, 1, records, reservation=name, survivors=survivors)
+    return collect(summed, plan.data.shape)
+
+
+def _plain_sum(vectors: Sequence[Words]) -> Words:
+    """Σ in the ring of the words."""
+    total = vectors[0].copy()
+    for vector in vectors[1:]:
+        total += vector
+    return total

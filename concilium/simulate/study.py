@@ -1,0 +1,350 @@
+"""One simulated study; this file reads as `coordinator/runner.py` does.
+
+What a silo computes is what `silo.jobs` computes, what the coordinator makes of the sum is what
+`coordinator.aggregation` makes of it, and the strategy is asked the same questions. Every step's
+result is kept in a `Memo`, so that a simulation that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concilium.simulate.alone import train_alone
+from concilium.simulate.measure import Measured, Ruler
+from concilium.simulate.memo import Arrays, Memo, digest_array
+from concilium.simulate.silos import (
+    Federation,
+    Pool,
+    RoundTask,
+    UnionTask,
+    dither_key,
+    execution_of,
+    train_round,
+    union,
+)
+from concilium.simulate.spec import Point
+from concilium.simulate.summing import SecureSum
+from coordinator.aggregation import unbiased
+from diffusion.calibration import calibrate
+from diffusion.loss import fixed_loss
+from diffusion.model import build_model, initialise, load_vector, parameter_layout, to_vector
+from study.encoding import next_clips
+from study.quantity import RoundWork, delta_encoding
+from study.strategies import RoundRecord
+
+Json = dict[str, Any]
+Vector = NDArray[np.float32]
+Images = NDArray[np.uint8]
+
+
+class Study:
+    """A study of N silos. `events` yields what happened, one line of metrics.jsonl each."""
+
+    def __init__(self, point: Point, federation: Federation, memo: Memo, pool: Pool) -> None:
+        self._point, self._plan, self._memo, self._pool = point, point.plan, memo, pool
+        self._federation = federation
+        self.model: Vector = np.zeros(0, np.float32)
+        """The global model, as far as `events` was read."""
+        self._execution = execution_of(point.simulation.precision)
+        self._ruler = Ruler(point.plan, federation, memo, self._execution, point.simulation)
+        self._common = {
+            "data": federation.digest,
+            "precision": point.simulation.precision,
+            **{
+                part: getattr(point.plan, part).model_dump(mode="json")
+                for part in ("model", "schedule", "objective")
+            },
+        }
+        self._secure = (
+            SecureSum(point.plan, federation.names) if point.simulation.secure_sum else None
+        )
+
+    def events(self) -> Iterator[Json]:
+        """The study from its start to its model."""
+        auxiliary = None
+        if self._plan.strategy.correction or self._point.training == "auxiliary":
+            auxiliary = self._auxiliary()
+            yield {
+                "event": "auxiliary",
+                "images": len(auxiliary),
+                **self._ruler.of_images(auxiliary).line(),
+            }
+        if self._point.training == "federated":
+            yield from self._rounds(auxiliary)
+        else:
+            yield from self._alone(auxiliary)
+
+    # --- federated rounds
+
+    def _rounds(self, auxiliary: Images | None) -> Iterator[Json]:
+        plan = self._plan
+        network = build_model(plan.model)
+        initialise(network, plan.study.seed)
+        model = to_vector(network)
+        tensors = [int(np.prod(shape, dtype=np.int64)) for _, shape, _ in parameter_layout(network)]
+        state = plan.strategy.initial_state(model.size)
+        clips = plan.first_clips(len(tensors))
+        sizes = tuple(tensors) * plan.strategy.parts
+        kept: Mapping[str, NDArray[Any]] = {}
+        history: list[RoundRecord] = []
+        steps = {"local_steps": 0, "correction_steps": 0}
+        for number in range(1, plan.rounds.count + 1):
+            given = plan.strategy.round_input(state, model)
+            work = RoundWork(total_count=self._federation.total, sizes=sizes, clips=clips)
+            summed = self._round(number, given, work, kept)
+            kept = {name: summed[name] for name in ("residual", "control") if name in summed}
+            mean = unbiased(plan, summed["mean"], model.size, number, self._federation.size)
+            state, after = plan.strategy.aggregate(state, model, mean, number)
+            steps["local_steps"] += plan.rounds.local_steps
+            moved = float(np.linalg.norm(after.astype(np.float64) - model))
+            model = after.astype(np.float32, copy=False)
+            clips = tuple(summed["clips"].tolist())
+            loss = float(summed["loss"])
+            counters = {name: int(summed[name]) for name in ("saturated", "faults")}
+            yield {"event": "round", "round": number, "loss": loss, "moved": moved, **counters}
+            if auxiliary is not None:
+                model, record, lines = self._decide(number, model, auxiliary, history, loss)
+                history.append(record)
+                yield from lines
+                if record.corrected and plan.strategy.correction:
+                    steps["correction_steps"] += plan.strategy.correction.steps
+            self.model = model
+            if self._is_evaluated(number):
+                measured = self._ruler.of_model(model)
+                digest = hashlib.sha256(model.astype("<f4").tobytes()).hexdigest()
+                yield self._evaluation(number, measured, {**steps, "model": digest})
+
+    def _round(
+        self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]
+    ) -> Arrays:
+        plan = self._plan
+        inputs = {
+            **self._common,
+            "what": "round",
+            "round": number,
+            "given": digest_array(given),
+            "optimizer": plan.optimizer_of(number).model_dump(mode="json"),
+            "steps": plan.rounds.local_steps,
+            "rules": asdict(plan.strategy.local_rules()),
+            "working": sorted(plan.working(number, self._federation.size)),
+            "kept": {name: digest_array(array) for name, array in kept.items()},
+            "secure": [plan.secure_sum.ring, *work.clips] if self._secure else None,
+        }
+        return self._memo.get(inputs, lambda: self._sum_round(number, given, work, kept))
+
+    def _sum_round(
+        self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]
+    ) -> Arrays:
+        federation, plan = self._federation, self._plan
+        working = sorted(plan.working(number, federation.size))
+        control = kept.get("control")
+        if control is None and plan.strategy.local_rules().control:
+            control = np.zeros((federation.size, given.size // 2), np.float32)
+        tasks = [
+            RoundTask(
+                self._point,
+                number,
+                federation.secrets[index - 1],
+                given,
+                federation.images[index - 1],
+                None if control is None else control[index - 1],
+            )
+            for index in working
+        ]
+        trained = dict(zip(working, self._pool.map(train_round, tasks), strict=True))
+        changes = {index: done["change"] for index, done in trained.items()}
+        losses = {index: float(done["loss"]) for index, done in trained.items()}
+        if self._secure is None:
+            result = self._averaged(changes, losses)
+        else:
+            result = self._securely(number, given, work, changes, losses, kept.get("residual"))
+        result["loss"] = result["loss"] * federation.size / len(working)
+        if control is not None:
+            control = control.copy()
+            for index, done in trained.items():
+                control[index - 1] = done["control"]
+            result["control"] = control
+        return result
+
+    def _averaged(self, changes: Mapping[int, Vector], losses: Mapping[int, float]) -> Arrays:
+        """Σ w_i δ_i in float64, of silos whose delta is finite."""
+        shares = self._federation.shares
+        finite = {i: change for i, change in changes.items() if np.isfinite(change).all()}
+        mean = np.zeros(next(iter(changes.values())).size)
+        for index, change in finite.items():
+            mean += shares[index - 1] * change
+        return {
+            "mean": mean.astype(np.float32),
+            "loss": np.array(sum(shares[i - 1] * losses[i] for i in finite)),
+            "clips": np.zeros(0),
+            "saturated": np.array(0),
+            "faults": np.array(len(changes) - len(finite)),
+        }
+
+    def _securely(
+        self,
+        number: int,
+        given: Vector,
+        work: RoundWork,
+        changes: Mapping[int, Vector],
+        losses: Mapping[int, float],
+        residual: NDArray[Any] | None,
+    ) -> Arrays:
+        """The same through the encoding and the parties of the secure sum."""
+        federation, plan = self._federation, self._plan
+        if self._secure is None:
+            raise AssertionError("asked only where there is a secure sum")
+        encoding = delta_encoding(work, federation.size, plan.secure_sum.ring)
+        carried = np.zeros((federation.size, given.size), np.float32)
+        if residual is not None:
+            carried[:] = residual
+        vectors = {index: encoding.zeros() for index in range(1, federation.size + 1)}
+        for index, change in changes.items():
+            encoded = encoding.encode(
+                change,
+                carried[index - 1].copy(),
+                count=federation.counts[index - 1],
+                loss=losses[index],
+                key=dither_key(federation.secrets[index - 1], number),
+            )
+            vectors[index], carried[index - 1] = encoded.vector, encoded.residual
+        model = hashlib.sha256(given.astype("<f4").tobytes()).digest()
+        decoded = encoding.decode(self._secure.sum(work, number, vectors, model=model))
+        clips = next_clips(decoded.mean_delta, encoding, parts=plan.strategy.parts)
+        return {
+            "mean": decoded.mean_delta,
+            "loss": np.array(decoded.loss),
+            "clips": np.array(clips),
+            "saturated": np.array(decoded.saturated),
+            "faults": np.array(decoded.faults),
+            "residual": carried,
+        }
+
+    # --- the correction
+
+    def _decide(
+        self,
+        number: int,
+        model: Vector,
+        auxiliary: Images,
+        history: list[RoundRecord],
+        silo_loss: float,
+    ) -> tuple[Vector, RoundRecord, list[Json]]:
+        """The model after the decision of this round, its record, and the lines about it."""
+        correction = self._plan.strategy.correction
+        if correction is None:
+            raise AssertionError("only strategies that correct are asked")
+        held = max(1, round(len(auxiliary) * correction.held_out))
+        watched, training = auxiliary[:held], auxiliary[held:]
+        before = self._held_out_loss(model, watched)
+        now = RoundRecord(number, before, silo_loss=silo_loss)
+        last = number == self._plan.rounds.count
+        decision = self._plan.strategy.decide([*history, now], last)
+        lines: list[Json] = [
+            {"event": "decision", "round": number, "loss": before, **asdict(decision)}
+        ]
+        if not decision.correct:
+            return model, now, lines
+        corrected = self._correct(number, model, training)
+        after = self._held_out_loss(corrected["model"], watched)
+        lines.append(
+            {
+                "event": "correction",
+                "round": number,
+                "steps": correction.steps,
+                "training_loss": float(corrected["loss"]),
+                "loss_after": after,
+            }
+        )
+        record = RoundRecord(number, before, after, True, silo_loss)
+        return corrected["model"], record, lines
+
+    def _held_out_loss(self, model: Vector, images: Images) -> float:
+        inputs = {
+            **self._common,
+            "what": "held-out loss",
+            "given": digest_array(model, images),
+            "seed": self._plan.study.seed,
+        }
+        return float(self._memo.get(inputs, lambda: {"loss": self._loss(model, images)})["loss"])
+
+    def _loss(self, model: Vector, images: Images) -> NDArray[Any]:
+        network = build_model(self._plan.model)
+        load_vector(network, model)
+        loss = fixed_loss(
+            network,
+            images,
+            schedule=self._plan.schedule,
+            objective=self._plan.objective,
+            seed=self._plan.study.seed,
+            execution=self._execution,
+        )
+        return np.array(loss)
+
+    def _correct(self, number: int, model: Vector, training: Images) -> Arrays:
+        plan, correction = self._plan, self._plan.strategy.correction
+        if correction is None:
+            raise AssertionError("only strategies that correct are asked")
+        inputs = {
+            **self._common,
+            "what": "correction",
+            "given": digest_array(model, training),
+            "optimizer": plan.optimizer.model_dump(mode="json"),
+            "correction": [correction.steps, correction.learning_rate, correction.average],
+            "seed": plan.study.seed + number,
+        }
+
+        def compute() -> Arrays:
+            network = build_model(plan.model)
+            load_vector(network, model)
+            result = calibrate(
+                network,
+                training,
+                steps=correction.steps,
+                learning_rate=correction.learning_rate,
+                schedule=plan.schedule,
+                objective=plan.objective,
+                optimizer=plan.optimizer,
+                seed=plan.study.seed + number,
+                execution=self._execution,
+            )
+            corrected = result.ema if correction.average else to_vector(network)
+            return {"model": corrected, "loss": np.array(result.loss_sum / result.steps)}
+
+        return self._memo.get(inputs, compute)
+
+    # --- the auxiliary set, and the ends of the scale
+
+    def _auxiliary(self) -> Images:
+        """The anonymous union of samples of the silos' local models."""
+        task = UnionTask(self._point, self._federation, self._common)
+        return union(task, self._memo, self._pool, self._secure)
+
+    def _alone(self, auxiliary: Images | None) -> Iterator[Json]:
+        """One model on all images, on the auxiliary set, or one per silo on its own."""
+        federation, kind = self._federation, self._point.training
+        sets = list(federation.images)
+        if kind == "central":
+            sets = [np.concatenate(sets)]
+        elif kind == "auxiliary" and auxiliary is not None:
+            sets = [auxiliary]
+        rounds = [n for n in range(1, self._plan.rounds.count + 1) if self._is_evaluated(n)]
+        models = train_alone(self._point, self._common, sets, rounds, self._memo, self._pool)
+        for row, number in enumerate(rounds):
+            measured = self._ruler.of_models([weights[row] for weights in models])
+            steps = {"local_steps": number * self._plan.rounds.local_steps, "correction_steps": 0}
+            yield self._evaluation(number, measured, steps)
+
+    def _is_evaluated(self, number: int) -> bool:
+        evaluation = self._plan.evaluation
+        last = number == self._plan.rounds.count
+        return evaluation is not None and (last or number % evaluation.every == 0)
+
+    def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
+        return {"event": "evaluation", "round": number, **measured.line(), **also}

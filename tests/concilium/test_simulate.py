@@ -1,0 +1,216 @@
+"""A simulation computes what the service computes: the same numbers each time, killed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from concilium.datasets import digits
+from concilium.simulate.memo import Memo
+from concilium.simulate.silos import Federation, Here, federate
+from concilium.simulate.spec import Point, load_sweep
+from concilium.simulate.study import Study
+from concilium.simulate.sweep import run_sweep
+from study.problems import PlanError
+
+STUDY = """
+[study]
+name = "tiny"
+title = "A tiny study"
+seed = 1
+
+[data]
+image_size = 8
+
+[model]
+block_out_channels = [8, 8]
+attention = [false, false]
+mid_attention = false
+norm_num_groups = 4
+
+[schedule]
+num_train_timesteps = 100
+
+[optimizer]
+batch_size = 8
+
+[sampler]
+steps = 5
+
+[warm_up]
+steps = 6
+patience = 1
+check_every = 2
+
+[auxiliary]
+images = 60
+
+[rounds]
+count = 2
+local_steps = 2
+
+[evaluation]
+feature_network = "digits"
+sha256 = "9fb79a8912226791a58ea0d29720e44da22c67879da2f1e7ddf219bdcb70dfed"
+samples = 20
+
+[simulation]
+data = "digits"
+images = 300
+silos = 4
+seeds = [3]
+precision = "float32"
+partition = {labels = "dirichlet", alpha = 0.5}
+"""
+RUN = """
+[[simulation.run]]
+name = "{name}"
+{more}
+"""
+PLUS = 'plan.strategy = {kind = "fedddpm_plus", window = 1, correction_steps = 3}'
+ALL = {
+    "fedavg": "",
+    "fedprox": 'plan.strategy = {kind = "fedprox", mu = 0.1}',
+    "scaffold": 'plan.strategy = {kind = "scaffold"}',
+    "fedadam": 'plan.strategy = {kind = "fedadam"}',
+    "fedyogi": 'plan.strategy = {kind = "fedyogi"}',
+    "fedddpm": 'plan.strategy = {kind = "fedddpm", correction_steps = 2}',
+    "plus": PLUS,
+    "central": 'training = "central"',
+    "local": 'training = "local"',
+    "auxiliary": 'training = "auxiliary"',
+}
+
+
+def study(folder: Path, runs: dict[str, str], **changes: str) -> Path:
+    text = STUDY
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    text += "".join(RUN.format(name=name, more=more) for name, more in runs.items())
+    path = folder / "study.toml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def simulate(path: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
+    for _ in run_sweep(load_sweep(path), out, lambda *_: None):
+        pass
+    return {
+        file.parent.name: [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for file in sorted(out.glob("*/metrics.jsonl"))
+    }
+
+
+def events(path: Path, memo: Path, federation: Federation | None = None) -> list[dict[str, Any]]:
+    point: Point = next(load_sweep(path).points())
+    silos = federation or federate(point, digits())
+    return list(Study(point, silos, Memo(memo), Here()).events())
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("table")
+    return simulate(study(folder, ALL), folder / "out")
+
+
+def test_every_strategy_and_both_ends_of_the_scale_end_in_an_evaluation(
+    table: dict[str, list[dict[str, Any]]],
+) -> None:
+    assert set(table) == {f"{name}-3" for name in ALL}
+    finals = {name: lines[-1] for name, lines in table.items()}
+    assert all(line["event"] == "evaluation" for line in finals.values())
+    assert all(np.isfinite([line["fid"], line["kid"]]).all() for line in finals.values())
+    assert len({line["fid"] for line in finals.values()}) == len(ALL), "they differ"
+
+
+def test_every_decision_is_told_with_its_numbers(table: dict[str, list[dict[str, Any]]]) -> None:
+    decisions = [line for line in table["plus-3"] if line["event"] == "decision"]
+    assert [d["round"] for d in decisions] == [1, 2]
+    assert "needs 2 completed rounds" in decisions[0]["reason"]
+    assert decisions[1]["correct"]
+    assert {"window", "tau"} <= set(decisions[1]["numbers"])
+    corrections = [line for line in table["fedddpm-3"] if line["event"] == "correction"]
+    assert [c["steps"] for c in corrections] == [2, 2]
+    assert table["fedddpm-3"][-1]["correction_steps"] == 4
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
+    table: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    again = simulate(study(tmp_path, {"plus": PLUS}), tmp_path / "out")
+    assert again["plus-3"] == table["plus-3"]
+    other = study(tmp_path, {"plus": PLUS}, **{"seeds = [3]": "seeds = [4]"})
+    assert simulate(other, tmp_path / "other")["plus-4"] != table["plus-3"]
+
+
+def test_a_simulation_killed_in_any_round_ends_in_the_numbers_of_one_that_was_not(
+    table: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    path, out = study(tmp_path, {"plus": PLUS}), tmp_path / "out"
+    command = [sys.executable, "-m", "concilium", "simulate", str(path), "--out", str(out)]
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    metrics = out / "plus-3" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.exists() and '"event": "round"' in metrics.read_text("utf-8")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert simulate(path, out)["plus-3"] == table["plus-3"]
+
+
+@pytest.mark.parametrize("name", ["plus", "scaffold"])
+def test_the_secure_sum_gives_the_same_model_within_its_rounding(name: str, tmp_path: Path) -> None:
+    plain = events(study(tmp_path, {name: ALL[name]}), tmp_path / "memo")
+    secure = events(study(tmp_path, {name: f"{ALL[name]}\nsecure_sum = true"}), tmp_path / "memo")
+    for a, b in zip(plain, secure, strict=True):
+        assert a["event"] == b["event"]
+        if a["event"] == "round":
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+            assert b["moved"] == pytest.approx(a["moved"], rel=1e-2)
+        if a["event"] == "auxiliary":
+            assert a == b, "the union is exact"
+    assert plain[-1]["model"] != secure[-1]["model"], "it did go through the encoding"
+    assert secure[-1]["fid"] == pytest.approx(plain[-1]["fid"], rel=0.05)
+
+
+def test_a_silo_that_rests_changes_nothing_and_the_others_count_for_it(tmp_path: Path) -> None:
+    more = "plan.rounds = {participation = 0.5}"
+    path = study(tmp_path, {"some": more})
+    point = next(load_sweep(path).points())
+    working = [point.plan.working(n, 4) for n in (1, 2)]
+    assert [len(w) for w in working] == [2, 2]
+    silos = federate(point, digits())
+    resting = min(set(range(1, 5)) - working[0])
+    images = list(silos.images)
+    images[resting - 1] = 255 - images[resting - 1]
+    other = Federation(tuple(images), silos.labels, silos.secrets)
+    first = events(path, tmp_path / "a")[0]
+    second = events(path, tmp_path / "b", other)[0]
+    assert first["moved"] == second["moved"], "round 1 does not see the images of a silo that rests"
+
+
+def test_what_is_wrong_with_a_simulation_is_said_where_it_is(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="has no \\[simulation\\]"):
+        load_sweep(study(tmp_path, {}, **{"[simulation]": "[simulator]"}))
+    with pytest.raises(PlanError, match='labels = "classes": add classes'):
+        load_sweep(study(tmp_path, {}, **{'"dirichlet", alpha = 0.5': '"classes"'}))
+    path = study(tmp_path, {"a": ""})
+    path.write_text(path.read_text("utf-8") + RUN.format(name="a", more=""), "utf-8")
+    with pytest.raises(PlanError, match="two runs have the same name"):
+        load_sweep(path)
+    broken = study(tmp_path, {"a": 'plan.strategy = {kind = "fedsgd"}'})
+    with pytest.raises(PlanError, match='run "a".*fedsgd'):
+        list(load_sweep(broken).points())
