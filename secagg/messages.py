@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -113,8 +114,7 @@ class Advert:
         return cls(*keys)
 
 
-@dataclass(frozen=True)
-class Dealt:
+class Dealt(NamedTuple):
     """What a header says of the parcel for one receiver: digests and commitments, 32 bytes each.
 
     `seed` and `seed_parcel` are empty towards receivers of a lower index (they deal the seed of
@@ -134,11 +134,7 @@ class Dealt:
 
     @classmethod
     def read(cls, reader: Reader) -> Dealt:
-        receiver = reader.u16()
-        fields = tuple(reader.blob(HASH_BYTES) for _ in range(5))
-        if any(len(field) not in (0, HASH_BYTES) for field in fields):
-            raise MalformedMessage("header: a commitment is neither empty nor 32 bytes long")
-        return cls(receiver, *fields)
+        return cls(reader.u16(), *reader.optional(HASH_BYTES, 5))
 
 
 @dataclass(frozen=True)

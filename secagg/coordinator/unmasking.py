@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from secagg import keys, shamir
@@ -70,7 +69,9 @@ class Confirming(CoordinatorState):
         return Aborting(self.roster, self.context, why), []
 
     def _close(self) -> Next:
-        return Unmasking(self.roster, self.context, self), []
+        signed = self.collected.headers
+        headers = {sender: Header.decode(message.body) for sender, message in signed.items()}
+        return Unmasking(self.roster, self.context, self, headers), []
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,13 @@ class Unmasking(CoordinatorState):
     """
 
     confirmed: Confirming
+    headers: Mapping[int, Header]
     shares: Mapping[int, Unmask] = field(default_factory=dict, repr=False)
     messages: Mapping[int, Signed] = field(default_factory=dict, repr=False)
 
     @property
     def awaited(self) -> tuple[int, ...]:
         return tuple(i for i in self.confirmed.survivors if i not in self.shares)
-
-    @cached_property
-    def headers(self) -> dict[int, Header]:
-        signed = self.confirmed.collected.headers
-        return {sender: Header.decode(message.body) for sender, message in signed.items()}
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -370,7 +370,7 @@ def test_what_opens_but_is_not_what_was_committed_names_the_dealer(field: str) -
     event = request(world, 4)
     assert isinstance(event, Headers)
     header = Header.decode(event.messages[0].body)
-    dealt = (*header.dealt[:3], replace(header.dealt[3], **{field: bytes(32)}))
+    dealt = (*header.dealt[:3], header.dealt[3]._replace(**{field: bytes(32)}))
     ctx = world.session.context.digest
     bad = world.silos[1].party.sign(Step.SHARE, ctx, replace(header, dealt=dealt).encode())
     with pytest.raises(Refused) as caught:
