@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
+from coordinator import failpoints
+
 _READ = 256 * 1024
 
 
@@ -51,6 +53,7 @@ class Artifacts:
     def _settle(self, partial: Path, target: Path) -> None:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        failpoints.reach("artifact written")
         os.replace(partial, target)
         # The name is durable only with its folder.
         descriptor = os.open(target.parent, os.O_RDONLY)
@@ -58,6 +61,7 @@ class Artifacts:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        failpoints.reach("artifact kept")
 
     def read(self, sha256: bytes) -> bytes:
         return self.path(sha256).read_bytes()
@@ -72,3 +76,4 @@ class Artifacts:
 
     def remove(self, sha256: bytes) -> None:
         self.path(sha256).unlink(missing_ok=True)
+        failpoints.reach("artifact removed")

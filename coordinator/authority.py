@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from coordinator import failpoints
 from study.invitation import Invitation
 
 SITE_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
@@ -282,4 +283,6 @@ def _write_private(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    failpoints.reach(f"before {path.name}")
     os.replace(partial, path)
+    failpoints.reach(f"after {path.name}")

@@ -168,25 +168,23 @@ def published_size(c: Connection, name: str, sha256: bytes) -> int | None:
     return None if row is None else int(row.size)
 
 
-def forget_artifacts(
+def done_with(
     c: Connection, name: str, roles: Sequence[str], keep: Iterable[bytes]
-) -> list[bytes]:
-    """Strike the artifacts of these roles, but those to keep; the digests no study refers to."""
-    kept = set(keep)
-    rows = c.execute(
-        select(artifacts.c.sha256).where(artifacts.c.study == name, artifacts.c.role.in_(roles))
-    )
-    struck = [row.sha256 for row in rows if row.sha256 not in kept]
-    for sha256 in struck:
-        where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
-        c.execute(delete(artifacts).where(where))
-    return [s for s in struck if not _referred_to(c, s)]
+) -> tuple[list[bytes], list[bytes]]:
+    """Digests of the study's artifacts of these roles, but those to keep; and which of them no
+    other study refers to."""
+    kept, table = set(keep), artifacts.c
+    rows = c.execute(select(table.sha256).where(table.study == name, table.role.in_(roles)))
+    done = [row.sha256 for row in rows if row.sha256 not in kept]
+    others = select(table.sha256).where(table.study != name, table.sha256.in_(done))
+    elsewhere = {row.sha256 for row in c.execute(others)}
+    return done, [sha256 for sha256 in done if sha256 not in elsewhere]
 
 
-def _referred_to(c: Connection, sha256: bytes) -> bool:
-    return (
-        c.execute(select(artifacts.c.study).where(artifacts.c.sha256 == sha256)).first() is not None
-    )
+def forget_artifacts(c: Connection, name: str, digests: Sequence[bytes]) -> None:
+    """Strike artifacts whose files are gone."""
+    where = (artifacts.c.study == name) & artifacts.c.sha256.in_(digests)
+    c.execute(delete(artifacts).where(where))
 
 
 # --- sessions
@@ -227,6 +225,16 @@ def next_number(c: Connection, name: str) -> int:
     """Session numbers only rise within a study, whatever became of the sessions."""
     query = select(func.max(sessions.c.number)).where(sessions.c.study == name)
     return int(c.execute(query).scalar() or 0) + 1
+
+
+def skip_numbers(c: Connection, name: str, count: int) -> None:
+    """After a restore: silos may have seen sessions that this store does not know of."""
+    number = next_number(c, name) - 1 + count
+    outcome = {"kind": "abandoned", "number": number, "why": "restored from a backup"}
+    values = {"study": name, "number": number, "quantity": "restored", "context": b"", "work": b""}
+    values |= {"artifacts": "[]", "resting": "[]", "phase": "abandoned", "awaited": "[]"}
+    values |= {"present": 0, "deadline": 0.0, "open": False, "outcome": json.dumps(outcome)}
+    c.execute(insert(sessions).values(**values, opened=time.time()))
 
 
 def open_session(c: Connection, row: SessionRow) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from coordinator import records
+from coordinator import failpoints, records
 from coordinator.page import render
 from coordinator.schema import traffic
 from coordinator.store import Store
@@ -157,3 +157,4 @@ def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, "utf-8")
     os.replace(partial, path)
+    failpoints.reach(f"written {path.name}")

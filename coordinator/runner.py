@@ -352,10 +352,14 @@ class Runner:
         named = (before["model"], after["model"], after["state"], moments.get("sum"))
         keep = {bytes.fromhex(name) for name in named if name}
         roles = ("model", "state", "sum")
-        gone = await self._tools.store.do(records.forget_artifacts, self._live.id, roles, keep)
-        for sha256 in gone:
+        store, name = self._tools.store, self._live.id
+        done, ours = await store.do(records.done_with, name, roles, keep)
+        # The files first: a row whose file is gone is struck after a restart, a file without a row
+        # would be found by nobody.
+        for sha256 in ours:
             await asyncio.to_thread(self._tools.artifacts.remove, sha256)
-        return {"dropped": len(gone)}
+        await store.do(records.forget_artifacts, name, done)
+        return {"dropped": len(ours)}
 
     # --- the end
 

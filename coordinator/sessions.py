@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import structlog
 
-from coordinator import records
+from coordinator import failpoints, records
 from coordinator.artifacts import Artifacts
 from coordinator.contacts import Bell, Contacts
 from coordinator.journal import decode_event, encode_event
@@ -370,6 +370,7 @@ class Session:
         total = self._tools.spool.fold(
             row.study, row.number, inputs, context.ring, context.length, effect.keys
         )
+        failpoints.reach(f"folded, session {row.number}")
         return self._tools.artifacts.put(total.data.cast("B"))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator import failpoints
 from secagg.masking import DTYPES, MaskKey, Vector, apply_masks
 
 MAX_CHUNK = 1 << 20
@@ -131,6 +132,7 @@ class Spool:
 
     def discard(self, study: str, session: int) -> None:
         shutil.rmtree(self._session(study, session), ignore_errors=True)
+        failpoints.reach(f"uploads discarded, session {session}")
 
     def _session(self, study: str, session: int) -> Path:
         return self._folder / study / str(session)
@@ -190,6 +192,7 @@ class Incoming:
             return
         with open(self._part, "rb") as file:
             found = hashlib.file_digest(file, "sha256").digest()
+        failpoints.reach(f"upload whole, session {self._whole.parent.name}")
         if found != self._sha256:
             self._part.unlink()
             self.committed = 0
@@ -203,6 +206,7 @@ class Incoming:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        failpoints.reach(f"upload taken, session {self._whole.parent.name}")
         self.done = True
 
     def _sync(self) -> None:

@@ -83,6 +83,15 @@ class LiveStudy:
     async def task_for(self, store: Store, site: str, settled: int) -> pb.Task | None:
         """What `site` is to do next, or None where it has to wait."""
         index = self.index_of(site)
+        if settled > self.certified:
+            why = (
+                f"site '{site}' has seen session {settled} end, this store knows of none after "
+                f"{self.certified}: it was restored from a backup made before. What was summed "
+                "since is lost, and no silo lets it be summed again, so the study cannot go on: "
+                "restore a later backup, or stop it and start a new one from its plan"
+            )
+            await store.do(records.set_error, self.id, why)
+            raise Refused(Reason.ROUND_NOT_NEW, why)
         # How earlier sessions ended comes first: a silo joins no new sum while it is in doubt.
         if settled < self.certified:
             found = await store.do(records.certificate_after, self.id, settled)

@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
+from coordinator import failpoints
+
 P = ParamSpec("P")
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -40,7 +42,9 @@ class Worker:
         for attempt in range(1, _ATTEMPTS + 1):
             pool = self._pool = self._pool or _start()
             try:
-                return await asyncio.get_running_loop().run_in_executor(pool, call)
+                result = await asyncio.get_running_loop().run_in_executor(pool, call)
+                failpoints.reach(f"job done: {call.func.__name__}")
+                return result
             except BrokenProcessPool:
                 log.warning("worker.died", job=call.func.__name__, attempt=attempt)
                 if self._pool is pool:

@@ -13,8 +13,10 @@ import click
 
 from concilium.show import age
 from coordinator import admin, server
+from coordinator import backup as copies
 from coordinator.admin import AdminError
 from coordinator.authority import AuthorityError
+from coordinator.backup import BackupError
 from coordinator.config import ConfigError
 from coordinator.records import NoSuchStudy
 from coordinator.registry import RegistryError
@@ -39,6 +41,7 @@ home_option = click.option(
 _MENDABLE = (
     AdminError,
     AuthorityError,
+    BackupError,
     ConfigError,
     InvalidParameters,
     NoSuchStudy,
@@ -92,6 +95,35 @@ def serve(listen: str | None, home: Path) -> None:
     While another one runs on the same store, this one waits, and takes over when that one ends.
     """
     asyncio.run(server.serve(home, listen))
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@home_option
+@plainly
+def backup(file: Path, home: Path) -> None:
+    """Write all of the coordinator, its keys too, to FILE; the service may be running.
+
+    Keep the file as safe as the coordinator itself.
+    """
+    size = copies.backup(home, file)
+    click.echo(f"{file}: {size / 1e6:.1f} MB")
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--database", metavar="URL", help="The store's database, if it is to be another.")
+@home_option
+@plainly
+def restore(file: Path, database: str | None, home: Path) -> None:
+    """Make the coordinator in FILE anew, where there is none. The old one may not run any more."""
+    unfinished = copies.restore(file, home, database)
+    click.echo(f"restored to {home}; start it with: concilium coordinator serve --home {home}")
+    for study in unfinished:
+        click.echo(
+            f"{study}: goes on if no sum of it has ended since the backup; else `coordinator "
+            "status` will say which silo knows of a later one"
+        )
 
 
 @command.command()

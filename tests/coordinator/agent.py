@@ -61,6 +61,7 @@ from study.quantity import (
 )
 from study.reservation import Reservation, images_vector, reserve, share, with_labels
 
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 COUNTS = {"site-1": 100, "site-2": 40, "site-3": 250, "site-4": 10}
 
 
@@ -182,11 +183,7 @@ class TestSilo:
                 try:
                     await self._turn(stub)
                 except grpc.aio.AioRpcError as error:
-                    if error.code() not in (
-                        grpc.StatusCode.UNAVAILABLE,
-                        grpc.StatusCode.CANCELLED,
-                        grpc.StatusCode.UNKNOWN,
-                    ):
+                    if error.code() not in PASSING:
                         self.errors.append(f"{error.code().name}: {error.details()}")
                     await asyncio.sleep(0.05)
         except Vanish:
@@ -227,14 +224,20 @@ class TestSilo:
         index = roster.index_of(self.name)
         party = silo.SiloParty(roster, index, self.identity, self.ledger_key, os.urandom)
         self.studies[task.study] = Taking(plan, party, silo.start(party))
-        await stub.AnswerOffer(
-            pb.AnswerOfferRequest(
-                study=task.study,
-                plan_digest=plan.digest(),
-                roster_digest=roster.digest,
-                accepted=True,
-            )
+        answer = pb.AnswerOfferRequest(
+            study=task.study,
+            plan_digest=plan.digest(),
+            roster_digest=roster.digest,
+            accepted=True,
         )
+        while True:
+            try:
+                await stub.AnswerOffer(answer)
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in PASSING:
+                    raise
+                await asyncio.sleep(0.05)
 
     async def _take_part(self, stub: CoordinationStub, task: pb.Task) -> None:
         taking = self.studies[task.study]

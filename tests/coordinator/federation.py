@@ -105,12 +105,16 @@ class Federation:
             key, pem = new_key()
             identity = Ed25519PrivateKey.generate()
             request = join_request(key, identity)
-            assert (await join(token, request)).state == join_pb.JoinReply.PENDING
+            reply = await self._hand_in(token, request)
+            assert reply.state == join_pb.JoinReply.PENDING
             admin.approve(self.home, name)
-            reply = await join(token, request)
+            reply = await self._hand_in(token, request)
             authority = Invitation.decode(token).authority_pem
             credentials = Credentials(pem, reply.certificate, authority)
             self.silos[name] = TestSilo(name, self.address, credentials, identity)
+
+    async def _hand_in(self, token: str, request: join_pb.JoinRequest) -> join_pb.JoinReply:
+        return await join(token, request)
 
     async def join_four(self) -> list[TestSilo]:
         await self.join("site-1", "site-2", "site-3", "site-4")
