@@ -137,12 +137,14 @@ class CoordinationService(CoordinationServicer):
             self._check_size(chunk.size)
             upload = await session.uploads.begin(silo, chunk)
             try:
-                while chunk is not None:
-                    caller.check()
-                    await session.uploads.write(silo, upload, chunk)
+                while True:
                     received = chunk.ByteSize()
                     self._tools.contacts.count(live.id, caller.site, received=received)
                     chunk = await anext(chunks, None)
+                    if chunk is None:
+                        break
+                    caller.check()
+                    await session.uploads.write(silo, upload, chunk)
             finally:
                 await session.uploads.close(silo, upload)
             return pb.UploadReply(committed=upload.committed)

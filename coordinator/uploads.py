@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Coroutine
 from functools import partial
+from typing import Any, TypeVar
 
 from coordinator.spool import MAX_CHUNK, Incoming, Spool, UploadRefused
 from coordinator.wire import check
 from protos.v1 import coordination_pb2 as pb
+
+T = TypeVar("T")
 
 
 class NotYet(Exception):
@@ -25,21 +29,25 @@ class Uploads:
         self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def begin(self, silo: int, first: pb.UploadChunk) -> Incoming:
-        """Raises UploadRefused, WrongOffset, DiskFull."""
+        """Take the first chunk. Raises BadRequest, UploadRefused, WrongOffset, DiskFull."""
+        _check(first)
+        return await _whole(self._begin(silo, first))
+
+    async def _begin(self, silo: int, first: pb.UploadChunk) -> Incoming:
         place = (first.study, first.session, silo)
         begin = partial(self._spool.begin, *place, first.size, first.sha256, first.offset)
         async with self._locks[silo]:
             upload = self._newest[silo] = await asyncio.to_thread(begin)
+            await asyncio.to_thread(upload.write, first.offset, first.data)
         return upload
 
     async def write(self, silo: int, upload: Incoming, chunk: pb.UploadChunk) -> None:
         """Raises BadRequest, UploadRefused, WrongOffset, DiskFull; NotYet where a newer upload
         has taken over."""
-        check(chunk)
-        if len(chunk.data) > MAX_CHUNK:
-            raise UploadRefused(
-                f"UploadChunk.data has {len(chunk.data)} bytes, at most {MAX_CHUNK} are allowed"
-            )
+        _check(chunk)
+        await _whole(self._write(silo, upload, chunk))
+
+    async def _write(self, silo: int, upload: Incoming, chunk: pb.UploadChunk) -> None:
         async with self._locks[silo]:
             if self._newest[silo] is not upload:
                 raise NotYet("a newer upload of the same vector has taken over: go on with that")
@@ -47,5 +55,27 @@ class Uploads:
 
     async def close(self, silo: int, upload: Incoming) -> None:
         """Keep what came; raises UploadRefused where it is all and its digest is another."""
+        await _whole(self._close(silo, upload))
+
+    async def _close(self, silo: int, upload: Incoming) -> None:
         async with self._locks[silo]:
             await asyncio.to_thread(upload.close)
+
+
+def _check(chunk: pb.UploadChunk) -> None:
+    check(chunk)
+    if len(chunk.data) > MAX_CHUNK:
+        raise UploadRefused(
+            f"UploadChunk.data has {len(chunk.data)} bytes, at most {MAX_CHUNK} are allowed"
+        )
+
+
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    """Carry `work` through also when the line is cut meanwhile: a chunk that came is kept, and a
+    thread that is at the file has left it before anybody else is let near."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

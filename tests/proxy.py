@@ -13,9 +13,11 @@ class Proxy:
         self.target = target
         self.address = ""
         self.cuts = 0
-        self.forwarded = 0
-        """Bytes that went towards the target since the last cut."""
-        self._budget: int | None = None
+        self.total = self.returned = 0
+        """Bytes that went towards the target, and back."""
+        self.stall = 0.2
+        """Seconds for which nothing gets through before connections are cut."""
+        self._budgets: dict[bool, int] = {}
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -33,14 +35,13 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def cut_after(self, amount: int) -> None:
-        """Cut every connection when `amount` more bytes have gone towards the target."""
-        self._budget = amount
+    def cut_after(self, amount: int, *, back: bool = False) -> None:
+        """Cut every connection when `amount` more bytes have gone towards the target, or back."""
+        self._budgets = {back: amount}
 
     def cut(self) -> None:
         """End every connection without a word (RST)."""
         self.cuts += 1
-        self.forwarded = 0
         for writer in list(self._open):
             writer.transport.abort()
         self._open.clear()
@@ -53,26 +54,28 @@ class Proxy:
             writer.transport.abort()
             return
         self._open |= {writer, back}
-        for source, sink, counted in ((reader, back, True), (there, writer, False)):
-            task = asyncio.create_task(self._forward(source, sink, counted))
+        for source, sink, is_back in ((reader, back, False), (there, writer, True)):
+            task = asyncio.create_task(self._forward(source, sink, is_back))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _forward(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, counted: bool
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: bool
     ) -> None:
         with suppress(OSError):
             while data := await source.read(1 << 14):
-                if counted and self._budget is not None:
-                    if len(data) > self._budget:
-                        sink.write(data[: self._budget])
-                        self._budget = None
-                        await sink.drain()
-                        self.cut()
-                        return
-                    self._budget -= len(data)
-                if counted:
-                    self.forwarded += len(data)
+                budget = self._budgets.get(back)
+                data = data if budget is None else data[:budget]
+                self.returned += len(data) * back
+                self.total += len(data) * (not back)
                 sink.write(data)
                 await sink.drain()
+                if budget is not None:
+                    self._budgets[back] = budget - len(data)
+                    if budget == len(data):
+                        del self._budgets[back]
+                        # The line is dead before anybody is told.
+                        await asyncio.sleep(self.stall)
+                        self.cut()
+                        return
         sink.close()
