@@ -249,6 +249,12 @@ def live_session(c: Connection, name: str) -> SessionRow | None:
     return None if row is None else SessionRow(**row)
 
 
+def sessions_under_way(c: Connection) -> set[tuple[str, int]]:
+    """(study, number) of every session that is not over."""
+    rows = c.execute(select(sessions.c.study, sessions.c.number).where(sessions.c.open))
+    return {(row.study, row.number) for row in rows}
+
+
 def last_session(c: Connection, name: str) -> SessionRow | None:
     query = select(sessions).where(sessions.c.study == name).order_by(sessions.c.number.desc())
     row = c.execute(query.limit(1)).mappings().first()

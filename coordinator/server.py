@@ -74,7 +74,7 @@ class CoordinatorServer:
             Artifacts(self._home.artifacts),
             self._contacts,
         )
-        self._door, self._studies, self._worker = Door(self._contacts), Studies(), Worker()
+        self._door, self._studies = Door(self._contacts), Studies()
         largest = self._config.largest_vector
         self._service = CoordinationService(self._tools, self._door, self._studies, largest)
         self._server: Server | None = None
@@ -92,7 +92,7 @@ class CoordinatorServer:
 
         await self._seat.take(fenced)
         self._tasks.append(asyncio.create_task(self._seat.keep(), name="keep the lease"))
-        self._clear()
+        await self._clear()
         await self._look()
         server = self._server = grpc.aio.server(options=_OPTIONS)
         add_CoordinationServicer_to_server(self._service, server)
@@ -111,12 +111,14 @@ class CoordinatorServer:
         self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
         log.info("coordinator.started", listen=self._bind, address=self._config.address)
 
-    def _clear(self) -> None:
+    async def _clear(self) -> None:
         """Remove what a crash has left: for who holds the lease only, not for a standby."""
         shutil.rmtree(self._home.scratch, ignore_errors=True)
         self._home.scratch.mkdir()
         self._tools.artifacts.clear()
-        self._tools.spool.epoch = self._store.epoch
+        spool = self._tools.spool
+        spool.epoch = self._store.epoch
+        spool.clear(await self._store.do(records.sessions_under_way))
 
     async def stop(self, grace: float = _GRACE) -> None:
         """Let open calls end, stop the runners, close the store. Everything goes on from where
@@ -132,7 +134,6 @@ class CoordinatorServer:
         for live in self._studies.all():
             if live.session is not None:
                 await live.session.detach()  # a commit that is under way ends first
-        self._worker.close()
         with suppress(Fenced):
             await self._store.do(signs_of_life.record, self._contacts.take())
         await self._seat.leave()
@@ -185,8 +186,12 @@ class CoordinatorServer:
             return
         config = self._config
         machine = Machine(config.device, config.worker_threads)
-        runner = Runner(self._home, self._tools, self._worker, machine, live, config.absent_after)
-        self._tasks.append(asyncio.create_task(runner.run(), name=f"run {live.id}"))
+        # A child process for each study: a long correction of one keeps no other one waiting.
+        worker = Worker()
+        runner = Runner(self._home, self._tools, worker, machine, live, config.absent_after)
+        running = asyncio.create_task(runner.run(), name=f"run {live.id}")
+        running.add_done_callback(lambda _: worker.close())
+        self._tasks.append(running)
 
 
 async def serve(home: Path, listen: str | None = None) -> None:

@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -133,6 +133,13 @@ class Spool:
     def discard(self, study: str, session: int) -> None:
         shutil.rmtree(self._session(study, session), ignore_errors=True)
         failpoints.reach(f"uploads discarded, session {session}")
+
+    def clear(self, under_way: Collection[tuple[str, int]]) -> None:
+        """Remove the uploads of every session but those (study, number): a crash came between the
+        end of a session and `discard`."""
+        for folder in self._folder.glob("*/*"):
+            if (folder.parent.name, int(folder.name)) not in under_way:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _session(self, study: str, session: int) -> Path:
         return self._folder / study / str(session)

@@ -1,4 +1,4 @@
-"""The one child process that computes with torch, so that the event loop never does."""
+"""The child process of a study that computes with torch, so that the event loop never does."""
 
 from __future__ import annotations
 

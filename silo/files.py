@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from silo import failpoints
 from silo.errors import SiloError
 
 
@@ -21,11 +22,13 @@ def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        failpoints.reach(f"before {_point(path)}")
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    failpoints.reach(f"after {_point(path)}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,8 +57,17 @@ sync_folder = sync_file
 
 def move(source: Path, target: Path) -> None:
     """Rename within one file system, durably."""
+    failpoints.reach(f"before move to {_point(target)}")
     os.replace(source, target)
     sync_folder(target.parent)
+    failpoints.reach(f"after move to {_point(target)}")
+
+
+def _point(path: Path) -> str:
+    """The file's name; with its folder's where that tells which sum it is for; no digest."""
+    if path.parent.parent.name == "vectors":
+        return f"{path.parent.name}/{path.name}"
+    return path.parent.name if len(path.name) == 64 else path.name
 
 
 def make_folder(path: Path) -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 from secagg.codec import u32
 from secagg.errors import MalformedMessage
 from secagg.ledger import Entry, decode_entry, encode_entry
+from silo import failpoints
 from silo.errors import LedgerError
 from silo.files import InUse, lock, sync_folder
 
@@ -69,8 +70,13 @@ class LedgerFile:
             chain = _next(self._chain, encoded)
             record = _header(encoded) + encoded + chain
             self._broken = True
-            _write(self._file, record)
+            number = len(self._entries) + 1
+            failpoints.reach(f"before ledger {number}")
+            _write(self._file, record[: len(record) // 2])
+            failpoints.reach(f"half of ledger {number}")
+            _write(self._file, record[len(record) // 2 :])
             os.fsync(self._file)
+            failpoints.reach(f"after ledger {number}")
             self._broken = False
             self._chain = chain
             self._entries.append(entry)

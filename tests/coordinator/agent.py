@@ -62,7 +62,7 @@ from study.quantity import (
 from study.reservation import Reservation, images_vector, reserve, share, with_labels
 
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
-COUNTS = {"site-1": 100, "site-2": 40, "site-3": 250, "site-4": 10}
+COUNTS = {"site-1": 100, "site-2": 40, "site-3": 250, "site-4": 10, "site-5": 60, "site-6": 30}
 
 
 class Vanish(Exception):

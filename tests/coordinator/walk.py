@@ -51,7 +51,7 @@ every = 2
 """
 LIMIT_SECONDS, SECONDS_EACH = 240.0, 20.0
 ENDED = ("finished", "stopped", "failed")
-BY_THE_CLOCK = ("record", "sign_of_life")
+LAST = r" record#| sign_of_life#|^uploads discarded"
 Json = dict[str, Any]
 Sums = dict[str, tuple[int, list[str]]]
 
@@ -102,8 +102,9 @@ def chosen(recorded: list[str]) -> list[str]:
     last, the end of the service itself, is no step of a study."""
     points = [p for p in dict.fromkeys(recorded) if not p.endswith(" release#1")]
     points = [p for p in points if p.endswith("#1") or p.startswith("artifact ")]
-    # What comes by the clock, and not by the study's steps, goes last: into a study of its own.
-    return sorted(points, key=lambda p: p.partition("#")[0].split(" ", 1)[1] in BY_THE_CLOCK)
+    # What comes by the clock, or what a restart does in another way (it clears the uploads of all
+    # sessions that are over), goes last: into a study of its own.
+    return sorted(points, key=lambda p: bool(re.search(LAST, p)))
 
 
 def judged(points: Sequence[str], outcome: Run, expected: Sums) -> str:
@@ -125,7 +126,7 @@ def in_one_study(points: Sequence[str], expected: Sums) -> list[Json]:
         outcome = run(left)
         verdict = judged(left, outcome, expected)
         seconds = round(time.monotonic() - started, 1)
-        reached = [point for point in left if point not in outcome.left]
+        reached = left[: len(left) - len(outcome.left)]
         lines.append({"study": turn, "verdict": verdict, "seconds": seconds, "killed_at": reached})
         print(f"study {turn}: {len(reached)} kills, {verdict}, {seconds} s", flush=True)
         left = outcome.left
