@@ -78,6 +78,7 @@ def train(
     progress: Callable[[int, float], None] | None = None,
     save: Callable[[Checkpoint], bool | None] | None = None,
     save_every: int = 100,
+    save_now: Callable[[], bool] = lambda: False,
     resume: Checkpoint | None = None,
 ) -> TrainResult:
     """Take `steps` steps of AdamW on `images` (uint8 (n, c, h, w), array or memmap), in place.
@@ -91,6 +92,7 @@ def train(
     progress     called with (steps done, loss of the last batch) after every step
     save         called with a Checkpoint every `save_every` steps, not after the last; if it
                  returns True the run ends there
+    save_now     asked after every step whether to save out of turn
     resume       a Checkpoint of this very call: same model, data, seed and specs
 
     A loss that is not finite does not stop the run; `TrainResult.first_non_finite_step` reports it.
@@ -110,7 +112,7 @@ def train(
         run.step(torch.from_numpy(images[indices]).to(execution.device), known)
         if progress:
             progress(done + 1, float(run.losses[done]))
-        due = (done + 1) % save_every == 0 and done + 1 < steps
+        due = done + 1 < steps and ((done + 1) % save_every == 0 or save_now())
         if save and due and save(run.checkpoint()):
             break
     return run.result()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from diffusion.spec import Spec
 from silo.data.items import Reading
 from silo.errors import ConfigError
 from silo.home import SiloHome
+from silo.hours import PATTERN as HOURS
+from silo.hours import Hours
 from study.problems import explain
 
 Purpose = Literal["census", "moments", "tags", "images", "round"]
@@ -115,6 +119,34 @@ class Resources(Spec):
 
     niceness: Annotated[int, Field(ge=0, le=19)] = 10
     """How readily the worker gives way to other programs: 19 = always."""
+
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Training processes that share each batch: one per GPU. The study's batch size has to be a
+    multiple of it."""
+
+    memory_mib: Annotated[int, Field(ge=256)] | None = None
+    """MiB that the worker process may allocate, the mapped images aside; absent = no limit."""
+
+    hours: Annotated[str, Field(pattern=HOURS)] | None = None
+    """When the worker may compute, "19:00-06:00" say; absent = always. Outside, training rests with
+    a checkpoint; the agent goes on answering what costs nothing."""
+
+    time_zone: str | None = None
+    """Whose clock `hours` mean, "Europe/Berlin" say; absent = this machine's."""
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        if name is not None and name not in available_timezones():
+            raise ValueError(f"{name!r} is no time zone: write it like Europe/Berlin")
+        return name
+
+    def open_at(self, moment: datetime) -> bool:
+        """Whether the worker may compute at an instant (with time zone)."""
+        if self.hours is None:
+            return True
+        zone = ZoneInfo(self.time_zone) if self.time_zone else None
+        return Hours.parse(self.hours).open_at(moment.astimezone(zone))
 
 
 class Approval(Spec):

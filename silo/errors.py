@@ -35,5 +35,9 @@ class WorkFailed(SiloError):
     """The worker could not compute what a session needs."""
 
 
+class Paused(SiloError):
+    """The working hours are over; the order goes on from its checkpoint when they begin again."""
+
+
 class SessionOver(SiloError):
     """The coordinator went on while this site was still computing; what was computed is kept."""

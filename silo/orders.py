@@ -6,6 +6,7 @@ again after a crash goes on from there and ends in the same result.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,6 +26,15 @@ class Machine:
 
     device: str | None
     threads: int | None
+    processes: int = 1
+    """Of training: one per GPU."""
+
+    @property
+    def threads_each(self) -> int | None:
+        """CPU threads of each training process."""
+        if self.processes == 1:
+            return self.threads
+        return max(1, (self.threads or os.cpu_count() or 1) // self.processes)
 
 
 @dataclass(frozen=True)

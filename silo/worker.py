@@ -10,25 +10,31 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from silo.config import Resources
-from silo.errors import SiloError, WorkFailed
+from silo.errors import Paused, SiloError, WorkFailed
 from silo.orders import Machine, Order
-from silo.process import begin
+from silo.process import begin, forget_pause
 
 R = TypeVar("R")
 log = structlog.get_logger(__name__)
 
 _PROGRESS_SECONDS = 2.0
+_LOOK_SECONDS = 1.0
+_REST_SECONDS = 10.0
+_GRACE_SECONDS = 120.0  # to the end of a training step; then without a checkpoint
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,16 @@ class Progress:
     steps: int
 
 
-class Worker:
-    """At most one child process, at most one order at a time."""
+def _now() -> datetime:
+    return datetime.now(UTC)
 
-    def __init__(self, resources: Resources) -> None:
-        self.machine = Machine(resources.device, resources.threads)
-        self._resources = resources
+
+class Worker:
+    """At most one child process, at most one order at a time, and none outside working hours."""
+
+    def __init__(self, resources: Resources, now: Callable[[], datetime] = _now) -> None:
+        self.machine = Machine(resources.device, resources.threads, resources.processes)
+        self._resources, self._now = resources, now
         self._turn = asyncio.Lock()
         self._pool: ProcessPoolExecutor | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -56,40 +66,74 @@ class Worker:
         """Whether there is a child process now."""
         return self._pool is not None
 
+    @property
+    def open(self) -> bool:
+        """Whether the site's working hours let it compute now."""
+        return self._resources.open_at(self._now())
+
     async def run(
         self, order: Order[R], progress: Path, on_progress: Callable[[Progress], None]
     ) -> R:
         """The answer to `order`. `progress` is a file that the worker may use to report with.
 
-        Cancelling ends the child: a later order starts another.
+        Outside working hours it waits for them; when they end, an order under way leaves a
+        checkpoint and waits for the next. Cancelling ends the child: a later order starts another.
 
         Raises DataError for images that cannot be used, ProposalRefused for work that is not what
         the plan says, and WorkFailed for everything else.
         """
-        async with self._turn:
-            if self._timer is not None:
-                self._timer.cancel()
-            watcher = asyncio.create_task(_watch(progress, on_progress))
-            try:
-                return await self._run_twice(order, progress)
-            except WorkFailed:
-                log.exception("order failed", order=type(order).__name__)
-                raise
-            except asyncio.CancelledError:
-                self.kill()  # the order is not wanted any more; its checkpoint stays
-                raise
-            finally:
-                watcher.cancel()
-                progress.unlink(missing_ok=True)
-                delay = self._resources.idle_seconds
-                self._timer = asyncio.get_running_loop().call_later(delay, self._stop)
+        while True:
+            await self._rest(on_progress)
+            async with self._turn:
+                try:
+                    return await self._run_in_turn(order, progress, on_progress)
+                except Paused as pause:
+                    log.info("order pauses", order=type(order).__name__, why=str(pause))
+
+    async def _rest(self, on_progress: Callable[[Progress], None]) -> None:
+        while not self.open:
+            until = (self._resources.hours or "").partition("-")[0]
+            on_progress(Progress(f"resting until {until}", 0, 0))
+            await asyncio.sleep(_REST_SECONDS)
+
+    async def _run_in_turn(
+        self, order: Order[R], progress: Path, on_progress: Callable[[Progress], None]
+    ) -> R:
+        if self._timer is not None:
+            self._timer.cancel()
+        beside = [_watch(progress, on_progress), self._pause_when_closed()]
+        tasks = [asyncio.create_task(task) for task in beside]
+        try:
+            return await self._run_twice(order, progress)
+        except WorkFailed:
+            log.exception("order failed", order=type(order).__name__)
+            raise
+        except asyncio.CancelledError:
+            self.kill()  # the order is not wanted any more; its checkpoint stays
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            progress.unlink(missing_ok=True)
+            delay = self._resources.idle_seconds
+            self._timer = asyncio.get_running_loop().call_later(delay, self._stop)
+
+    async def _pause_when_closed(self) -> None:
+        """At the end of the hours: ask for a checkpoint; what has none is started over later."""
+        while self.open:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._signal(signal.SIGUSR1)
+        await asyncio.sleep(_GRACE_SECONDS)
+        self._signal(signal.SIGKILL)
 
     async def _run_twice(self, order: Order[R], progress: Path) -> R:
         try:
             return await self._run_once(order, progress)
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
+            self._stop()
+            if not self.open:
+                raise Paused("the working hours are over") from error
             log.warning("worker died; its order is tried once more", order=type(order).__name__)
-        self._stop()
         try:
             return await self._run_once(order, progress)
         except BrokenProcessPool as error:
@@ -102,7 +146,7 @@ class Worker:
     async def _run_once(self, order: Order[R], progress: Path) -> R:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            arguments = (self._resources.niceness,)
+            arguments = (self._resources.niceness, self._resources.memory_mib)
             self._pool = ProcessPoolExecutor(1, context, begin, arguments)
         future = asyncio.get_running_loop().run_in_executor(self._pool, _execute, order, progress)
         return await future
@@ -116,10 +160,13 @@ class Worker:
         """End the child now, in the middle of what it does."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._pool is not None:
-            for process in list(self._pool._processes.values()):
-                process.kill()
+        self._signal(signal.SIGKILL)
         self._stop()
+
+    def _signal(self, number: int) -> None:
+        if self._pool is not None:
+            for process in list(self._pool._processes):
+                os.kill(process, number)
 
 
 async def _watch(progress: Path, on_progress: Callable[[Progress], None]) -> None:
@@ -147,13 +194,25 @@ def _execute(order: Order[R], progress: Path) -> R:
     """
     from silo.jobs import execute
 
+    forget_pause()
     try:
         return execute(order, ProgressFile(progress))
     except SiloError:
         raise
     except Exception as error:
+        if _lacks_memory(error):
+            raise WorkFailed(
+                f"{type(order).__name__} needs more memory than it gets: raise [resources] "
+                "memory_mib in site.toml, or leave studies with such a model and batch size alone"
+            ) from error
         name = type(order).__name__
         raise WorkFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """torch reports it as a RuntimeError of its own words."""
+    said = str(error)
+    return isinstance(error, MemoryError) or any(part in said for part in _NO_MEMORY)
 
 
 class ProgressFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 from silo.orders import (
@@ -18,10 +19,20 @@ from silo.worker import ProgressFile
 R = TypeVar("R")
 
 
+def _one_of_several() -> bool:
+    """Whether this process is one of several that train together."""
+    return "WORLD_SIZE" in os.environ
+
+
 def execute(order: Order[R], progress: ProgressFile) -> R:
     """The answer to an order. What it needs is imported now: a census waits for no torch."""
     answer: Any
     match order:
+        case TrainRound() | TrainLocal() if order.machine.processes > 1 and not _one_of_several():
+            from silo.jobs.together import run_together
+
+            folder = order.checkpoint.parent
+            answer = run_together(order, progress, order.machine.processes, folder)
         case CacheImages():
             from silo.jobs.images import cache_images
 

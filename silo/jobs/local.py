@@ -18,7 +18,16 @@ from silo.data.cache import Labels
 from silo.errors import DataError
 from silo.files import move, sync_file
 from silo.jobs.audit import write_audit
-from silo.jobs.training import read_images, read_labels, resume_from, save_to
+from silo.jobs.together import leads
+from silo.jobs.training import (
+    execution_of,
+    pause_if_wanted,
+    read_images,
+    read_labels,
+    reporting,
+    resume_from,
+    saving,
+)
 from silo.jobs.warm_up import warm_up
 from silo.orders import LocalTrained, Sampled, SampleLocal, TrainLocal
 from silo.worker import ProgressFile
@@ -43,18 +52,21 @@ def train_local(order: TrainLocal, progress: ProgressFile) -> LocalTrained:
         read_images(order.images),
         labels=read_labels(plan, order.images),
         seed=order.seed,
-        execution=choose_execution(order.machine.device, order.machine.threads),
+        execution=execution_of(order.machine),
         checks=order.checkpoint.with_suffix(".checks.npz"),
-        progress=lambda done, _: progress(_ACTIVITY, done, steps),
-        save=lambda checkpoint: save_to(order.checkpoint, checkpoint),
+        progress=reporting(progress, _ACTIVITY, steps),
+        save=saving(order.checkpoint),
         resume=resumed,
     )
+    trained = LocalTrained(done.loss, done.first_bad_step)
+    if not leads():
+        return trained
     _save(order.weights, done.weights)
-    order.checkpoint.unlink(missing_ok=True)
-    order.checkpoint.with_suffix(".checks.npz").unlink(missing_ok=True)
     taken = done.steps - (resumed.steps if resumed else 0)
     _wait_out(done.steps, steps, (time.monotonic() - began) / max(1, taken), progress)
-    return LocalTrained(done.loss, done.first_bad_step)
+    order.checkpoint.unlink(missing_ok=True)
+    order.checkpoint.with_suffix(".checks.npz").unlink(missing_ok=True)
+    return trained
 
 
 def _wait_out(done: int, steps: int, seconds_each: float, progress: ProgressFile) -> None:
@@ -62,6 +74,7 @@ def _wait_out(done: int, steps: int, seconds_each: float, progress: ProgressFile
     said: when a local model has converged tells how many and how varied its images are."""
     for step in range(done + 1, steps + 1):
         time.sleep(seconds_each)
+        pause_if_wanted()
         progress(_ACTIVITY, step, steps)
 
 

@@ -19,22 +19,26 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffusion.checkpoint import Checkpoint
-from diffusion.execution import Execution, choose_execution
+from diffusion.execution import Execution
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from diffusion.training import Images, train
 from silo.data.cache import Labels
 from silo.errors import ProposalRefused
 from silo.files import sync_file, write_file
+from silo.jobs.together import leads
 from silo.jobs.training import (
     SAVE_EVERY,
+    execution_of,
     first_model,
     model_sha256,
     read_images,
     read_labels,
+    reporting,
     resume_from,
-    save_to,
+    saving,
 )
 from silo.orders import RoundTrained, TrainRound
+from silo.process import pause_requested
 from silo.worker import ProgressFile
 from study.encoding import Encoded
 from study.plan import Plan, load_plan
@@ -61,12 +65,14 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
         labels=read_labels(plan, order.images),
         round=order.round,
         seed=order.seed,
-        execution=choose_execution(order.machine.device, order.machine.threads),
+        execution=execution_of(order.machine),
         own_control=own,
-        progress=lambda done, _: progress(f"training round {order.round}", done, steps),
-        save=lambda checkpoint: save_to(order.checkpoint, checkpoint),
+        progress=reporting(progress, f"training round {order.round}", steps),
+        save=saving(order.checkpoint),
         resume=resume_from(order.checkpoint),
     )
+    if not leads():
+        return RoundTrained(trained.loss, 0, False, trained.first_bad_step)
     encoded = _encode(order, work, plan, trained.change, trained.loss)
     _save(order.new_residual, encoded.residual)
     if trained.control is not None and not encoded.fault:
@@ -131,6 +137,7 @@ def train_from(
         progress=progress,
         save=save,
         save_every=SAVE_EVERY,
+        save_now=pause_requested,
         resume=resume,
     )
     change, new_own = to_vector(model) - start, result.mean_gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffusion.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise, to_vector
 from silo.data.cache import Labels, cached_labels, check_classes
+from silo.errors import Paused
+from silo.jobs.together import leads, own_device
+from silo.orders import Machine
+from silo.process import pause_requested
+from silo.worker import ProgressFile
 from study.plan import Plan
 
 Images = NDArray[np.uint8]
@@ -48,15 +55,39 @@ def read_labels(plan: Plan, images: Path) -> Labels | None:
     return labels
 
 
+def execution_of(machine: Machine) -> Execution:
+    """Device and threads of this process: of several that train together, its share."""
+    return choose_execution(own_device(machine.device), machine.threads_each)
+
+
+def reporting(
+    progress: ProgressFile, activity: str, steps: int
+) -> Callable[[int, float], None] | None:
+    """What reports the steps done; of several processes the first does."""
+    return (lambda done, _: progress(activity, done, steps)) if leads() else None
+
+
+def saving(path: Path) -> Callable[[Checkpoint], None] | None:
+    """What keeps a checkpoint, and raises Paused where the parent wants the order to end then; of
+    several processes the first does, and the others end with it."""
+
+    def save(checkpoint: Checkpoint) -> None:
+        write_checkpoint(path, checkpoint)
+        pause_if_wanted()
+
+    return save if leads() else None
+
+
+def pause_if_wanted() -> None:
+    """Raises Paused where the parent wants the order under way to end."""
+    if pause_requested():
+        raise Paused("training pauses: it goes on from its checkpoint")
+
+
 def resume_from(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`; none where there is none, or none that can be read: then the work
     starts over, which costs time and nothing else."""
     try:
         return read_checkpoint(path) if path.exists() else None
     except CheckpointError:
-        path.unlink()
         return None
-
-
-def save_to(path: Path, checkpoint: Checkpoint) -> None:
-    write_checkpoint(path, checkpoint)

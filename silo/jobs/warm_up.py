@@ -28,7 +28,9 @@ from diffusion.loss import fixed_loss
 from diffusion.model import build_model, load_vector
 from diffusion.training import Images, train
 from silo.data.cache import Labels
+from silo.jobs.together import leads
 from silo.jobs.training import SAVE_EVERY, first_model
+from silo.process import pause_requested
 from study.plan import Plan, WarmUp
 
 Vector = NDArray[np.float32]
@@ -79,7 +81,8 @@ def warm_up(
         images, labels = images[training], None if labels is None else labels[training]
 
     def after(checkpoint: Checkpoint) -> bool:
-        enough = watch is not None and watch.check(checkpoint)
+        due = watch is not None and checkpoint.steps % rules.check_every == 0
+        enough = watch is not None and due and watch.check(checkpoint)
         if save:
             save(checkpoint)
         return enough
@@ -96,6 +99,7 @@ def warm_up(
         execution=execution,
         progress=progress,
         save=after,
+        save_now=pause_requested,
         save_every=SAVE_EVERY if watch is None else rules.check_every,
         resume=resume,
     )
@@ -179,7 +183,7 @@ class _Watch:
         if self._weights is None or all(loss < known for known in others):
             self._weights = weights
         self._losses[steps] = loss
-        if self._file is not None:
+        if self._file is not None and leads():
             steps_taken, losses = np.array([*self._losses]), np.array([*self._losses.values()])
             partial = self._file.with_name(self._file.name + ".partial")
             with open(partial, "wb") as file:
