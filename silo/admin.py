@@ -35,6 +35,9 @@ _CONFIG = """\
 [site]
 name = {name}
 
+# [coordinator]
+# proxy = "http://proxy.example.org:3128"   # absent: as https_proxy and no_proxy say
+
 [data]
 path = {data}                         # a file or folder; never leaves this machine
 format = {format}                     # auto, dicom, images (PNG, JPEG), nifti, npz, idx, cifar
@@ -107,7 +110,14 @@ async def join(home: Path, token: str, announce: Callable[[str], None]) -> Enrol
     place = SiloHome(home)
     config = load_config(place)
     identity = load_or_make_identity(place)
-    return await enrol(place, identity, token, site=config.site.name, announce=announce)
+    return await enrol(
+        place,
+        identity,
+        token,
+        site=config.site.name,
+        announce=announce,
+        proxy=config.coordinator.proxy.get_secret_value(),
+    )
 
 
 def roster(home: Path, study: str | None = None) -> str:

@@ -74,8 +74,9 @@ class Agent:
     ) -> None:
         self._home, self._config, self._identity = home, config, identity
         self._enrolment = enrolment
+        self._proxy = config.coordinator.proxy.get_secret_value()
         status = Status(home.status, config.site.name, enrolment.address)
-        client = Client(way_of(enrolment, identity), status.contact)
+        client = Client(way_of(enrolment, identity, self._proxy), status.contact)
         self._tools = Tools(client, Worker(config.resources), status, config)
         self._studies: dict[str, Running] = {}
         self._wait = 0  # the first answer comes at once, and shows that the way is open
@@ -206,7 +207,9 @@ class Agent:
 
     async def _keep_certificate(self) -> None:
         if datetime.now(UTC) >= self._enrolment.renewal_due():
-            self._enrolment = await renew(self._home, self._identity, self._tools.client)
+            self._enrolment = await renew(
+                self._home, self._identity, self._tools.client, self._proxy
+            )
             log.info("certificate renewed", expires=self._enrolment.expires.isoformat())
             self._tools.status.certificate(self._enrolment.expires.isoformat())
         await asyncio.sleep(_RENEW_CHECK_SECONDS)

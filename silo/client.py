@@ -14,7 +14,7 @@ import hashlib
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,11 +60,14 @@ class Way:
     address: str
     authority: bytes
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
+    proxy: str = field(default="", repr=False)
+    """URL of an HTTP proxy, with its password; "" = as https_proxy and no_proxy say."""
 
     def channel(self) -> grpc.aio.Channel:
         credentials = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
-        return grpc.aio.secure_channel(self.address, credentials, options=_OPTIONS)
+        proxy = [("grpc.http_proxy", self.proxy)] if self.proxy else []
+        return grpc.aio.secure_channel(self.address, credentials, options=[*_OPTIONS, *proxy])
 
 
 class Client:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 
 from diffusion.spec import Spec
 from silo.data.items import Reading
@@ -18,6 +18,7 @@ from silo.errors import ConfigError
 from silo.home import SiloHome
 from silo.hours import PATTERN as HOURS
 from silo.hours import Hours
+from silo.reach import parse_proxy
 from study.problems import explain
 
 Purpose = Literal["census", "moments", "tags", "images", "round"]
@@ -33,6 +34,21 @@ class Site(Spec):
 
     name: Annotated[str, Field(pattern=SITE_NAME)]
     """The institution's short name: lower-case letters, digits and hyphens."""
+
+
+class Coordinator(Spec):
+    """[coordinator]: the way to it; its address comes with the invitation."""
+
+    proxy: SecretStr = SecretStr("")
+    """HTTP proxy, "http://proxy.example.org:3128", with user:password@ if it wants them; absent =
+    as the environment's https_proxy and no_proxy say."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_proxy(cls, url: SecretStr) -> SecretStr:
+        if url.get_secret_value():
+            parse_proxy(url.get_secret_value())
+        return url
 
 
 class Data(Spec):
@@ -161,6 +177,7 @@ class SiloConfig(Spec):
     """site.toml."""
 
     site: Site
+    coordinator: Coordinator = Coordinator()
     data: Data
     policy: Policy = Policy()
     resources: Resources = Resources()

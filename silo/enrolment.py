@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import grpc
 import grpc.aio
@@ -30,11 +26,11 @@ from silo.identity import (
     join_fingerprint,
     load_enrolment,
 )
+from silo.reach import Unreachable, dial, proxy_of, shake_hands
 from study.invitation import Invitation, InvitationError
 
 _ASK_SECONDS = 1.0
 _PERSISTENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_PROBE_SECONDS = 10.0
 
 
 def agent_version() -> str:
@@ -51,6 +47,7 @@ async def join(
     *,
     site: str,
     announce: Callable[[str], None],
+    proxy: str = "",
 ) -> Enrolment:
     """Hand in this site's keys under an invitation, and wait until a person has approved them.
 
@@ -70,6 +67,7 @@ async def join(
         invitation.authority_pem,
         invitation.certificate_pem,
         invitation.private_key_pem,
+        proxy,
     )
     client = Client(way, lambda _: None)
     try:
@@ -140,43 +138,13 @@ async def _explained(error: grpc.aio.AioRpcError, way: Way) -> EnrolmentError:
 
 
 def why_unreachable(way: Way) -> str:
-    """gRPC says only "unavailable"; a plain TLS handshake tells what is the matter."""
-    host, _, port = way.address.rpartition(":")
-    host = host.strip("[]")
+    """gRPC says only "unavailable"; going the way step by step tells what is the matter."""
     try:
-        with TemporaryDirectory() as folder:
-            context = _tls_context(way, Path(folder))
-            with (
-                socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS) as plain,
-                context.wrap_socket(plain, server_hostname=host) as secure,
-            ):
-                secure.settimeout(1.0)
-                secure.recv(1)  # with TLS 1.3 a refused client certificate shows only here
-    except ssl.SSLCertVerificationError as error:
-        return (
-            f"{way.address} shows a certificate of another authority or for another name "
-            f"({error.verify_message}): the address may belong to someone else now, or a firewall "
-            "opens the connection; ask the study centre"
-        )
-    except TimeoutError:
-        return f"{way.address} answers but the study centre's service does not: try again later"
-    except ssl.SSLError as error:
-        return f"{way.address} refuses this site's certificate ({error.reason})"
-    except OSError as error:
-        return (
-            f"{way.address} cannot be reached ({error.strerror or error}): check the network, the "
-            "firewall's rule for outgoing connections, and that the study centre's service runs"
-        )
+        plain = dial(way.address, proxy_of(way.address, way.proxy))
+        shake_hands(plain, way.address, way.authority, way.key, way.certificate)
+    except Unreachable as error:
+        return str(error)
     return f"{way.address} answers but the study centre's service does not: try again later"
-
-
-def _tls_context(way: Way, folder: Path) -> ssl.SSLContext:
-    # The ssl module reads client certificates from files only; the folder is gone right after.
-    context = ssl.create_default_context(cadata=way.authority.decode())
-    both = folder / "client.pem"
-    write_file(both, way.key + way.certificate)
-    context.load_cert_chain(both)
-    return context
 
 
 def _check_certificate(pem: bytes, identity: Identity, authority: bytes, site: str) -> None:
@@ -195,14 +163,18 @@ def _check_certificate(pem: bytes, identity: Identity, authority: bytes, site: s
         raise EnrolmentError("the study centre sent the certificate of another site: tell them")
 
 
-def way_of(enrolment: Enrolment, identity: Identity) -> Way:
-    """How an enrolled site dials in."""
+def way_of(enrolment: Enrolment, identity: Identity, proxy: str = "") -> Way:
+    """How an enrolled site dials in, through a proxy if site.toml names one."""
     return Way(
-        enrolment.address, enrolment.authority_pem, enrolment.certificate_pem, identity.tls_pem
+        enrolment.address,
+        enrolment.authority_pem,
+        enrolment.certificate_pem,
+        identity.tls_pem,
+        proxy,
     )
 
 
-async def renew(home: SiloHome, identity: Identity, client: Client) -> Enrolment:
+async def renew(home: SiloHome, identity: Identity, client: Client, proxy: str = "") -> Enrolment:
     """A fresh certificate over the same key; the client's new calls use it, those under way end
     with the old one. Raises EnrolmentError for a certificate that cannot be used."""
     enrolment = load_enrolment(home)
@@ -210,5 +182,5 @@ async def renew(home: SiloHome, identity: Identity, client: Client) -> Enrolment
     _check_certificate(pem, identity, enrolment.authority_pem, enrolment.site)
     write_file(home.certificates / "site.pem", pem)
     fresh = load_enrolment(home)
-    client.redial(way_of(fresh, identity))
+    client.redial(way_of(fresh, identity, proxy))
     return fresh
