@@ -72,9 +72,8 @@ class LedgerFile:
             self._broken = True
             number = len(self._entries) + 1
             failpoints.reach(f"before ledger {number}")
-            _write(self._file, record[: len(record) // 2])
-            failpoints.reach(f"half of ledger {number}")
-            _write(self._file, record[len(record) // 2 :])
+            _write(self._file, record)
+            failpoints.reach(f"written ledger {number}")
             os.fsync(self._file)
             failpoints.reach(f"after ledger {number}")
             self._broken = False
