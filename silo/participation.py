@@ -165,7 +165,8 @@ class Participation:
                 await asyncio.sleep(_FIRST_DELAY)
             case _:
                 self._show(session=task.session, phase=kind, activity="", trouble=None)
-                await self._send(task, await asyncio.to_thread(self._protocol.handle, _event(task)))
+                sends = await asyncio.to_thread(self._protocol.handle, event_of(task))
+                await self._send(task, sends)
 
     async def _open(self, task: pb.Task) -> None:
         """Step 0: check, prepare, advertise. Nothing is promised before the vector is there."""
@@ -323,7 +324,7 @@ class Participation:
         self._tools.status.study(self._study.name, **values)
 
 
-def _event(task: pb.Task) -> SiloEvent:
+def event_of(task: pb.Task) -> SiloEvent:
     """The event that a task means. Raises MalformedMessage."""
     match task.WhichOneof("task"):
         case "adverts":

@@ -359,13 +359,16 @@ def load_plan(source: Path | str | Mapping[str, Any]) -> Plan:
         raise PlanError(where, f"cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise PlanError(where, f"byte {error.start} is no UTF-8: save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Beside TOMLDecodeError: an integer of thousands of digits, a table a thousand tables deep.
         raise PlanError(where, f"is no TOML: {error}") from error
     _take_image_shape_from_data(raw)
     try:  # as JSON, where strict still takes an array for a tuple and 1 for 1.0
         return Plan.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         raise PlanError(where, *explain(error, Plan)) from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(where, f"no plan looks like this: {error}") from error
 
 
 def _sections(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Every parser that reads bytes of another party: one function each, and seeds from the vectors.
 
 A target parses; what parses must encode to the same bytes, and what does not must raise the one
-error of its kind. Anything else that escapes is a finding.
+error of its kind. Anything else that escapes is a finding. Two kinds are not canonical as bytes,
+and are compared as values instead: protobuf messages, and invitations, which people copy by hand.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError, Message
+
+from coordinator.journal import decode_event, encode_event
+from coordinator.wire import BadRequest, check, parcels_of, task_of
+from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
 from secagg.context import SessionContext
 from secagg.errors import MalformedMessage
+from secagg.events import Deadline, Received
 from secagg.ledger import Confirmed, Masked, Opened, Settled, decode_entry, encode_entry
 from secagg.messages import Advert, Complaint, Confirm, Header, MaskedInput, Signed, Unmask
 from secagg.roster import Roster
+from silo.errors import ProposalRefused
+from silo.offers import BadOffer, parse_terms
+from silo.participation import event_of
+from silo.proposal import Pinned, check_open
 from study.invitation import Invitation, InvitationError
 from study.quantity import (
     CensusWork,
@@ -28,7 +39,9 @@ from study.quantity import (
     TagsWork,
     decode_work,
     encode_work,
+    session_context,
 )
+from tests.silo.studies import make_plan, make_roster
 
 Target = Callable[[bytes], None]
 VECTORS = Path(__file__).parents[1] / "vectors" / "secure_sum"
@@ -56,6 +69,67 @@ def _invitation(data: bytes) -> None:
         raise AssertionError(f"an invitation changes when written again: {token!r}")
 
 
+def _read(kind: type[Message], data: bytes) -> Any:
+    """What gRPC would hand on; it refuses the rest by itself."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+def _task(data: bytes) -> None:
+    """What a coordinator asks of an agent in a session."""
+    task = _read(pb.Task, data)
+    if task is None:
+        return
+    try:
+        event = event_of(task)
+    except MalformedMessage:
+        return
+    if event_of(task_of("trial", 1, event, b"", [], "")) != event:
+        raise AssertionError(f"a task changes when written again: {event}")
+
+
+def _open(data: bytes) -> None:
+    """What a coordinator proposes; nothing but exactly what was agreed passes."""
+    message = _read(pb.Open, data)
+    if message is None:
+        return
+    try:
+        proposal = check_open(1, message, PINNED)
+    except ProposalRefused:
+        return
+    if (proposal.context.encode(), encode_work(proposal.work)) != (message.context, message.work):
+        raise AssertionError(f"a proposal changes when written again: {proposal}")
+
+
+def _offer(data: bytes) -> None:
+    """A plan and a roster, as a coordinator offers them."""
+    offer = _read(pb.Offer, data)
+    if offer is None:
+        return
+    try:
+        terms = parse_terms("trial", offer.plan, offer.roster)
+    except BadOffer:
+        return
+    if (terms.plan.toml(), terms.roster.encode()) != (offer.plan, offer.roster):
+        raise AssertionError(f"an offer changes when written again: {terms}")
+
+
+def _submit(data: bytes) -> None:
+    """A message and its parcels, as a silo hands them in."""
+    request = _read(pb.SubmitRequest, data)
+    if request is None:
+        return
+    try:
+        check(request, ("study", "session", "signed"))
+        message, parcels = Signed.decode(request.signed), parcels_of(request.parcels)
+    except (BadRequest, MalformedMessage):
+        return
+    if (message.encode(), len(parcels)) != (request.signed, len(request.parcels)):
+        raise AssertionError(f"a submission changes when written again: {message}")
+
+
 _MESSAGES = (Signed, Advert, Header, MaskedInput, Confirm, Unmask, Complaint)
 _VALUES = (Certificate, SessionContext, Roster)
 TARGETS: dict[str, Target] = {
@@ -64,8 +138,16 @@ TARGETS: dict[str, Target] = {
 } | {
     "entry": _canonical(decode_entry, encode_entry),
     "work": _canonical(decode_work, encode_work),
+    "journal": _canonical(decode_event, encode_event),
     "invitation": _invitation,
+    "task": _task,
+    "open": _open,
+    "offer": _offer,
+    "submit": _submit,
 }
+PLAN = make_plan()
+ROSTER, _ = make_roster(PLAN)
+PINNED = Pinned(PLAN, ROSTER, ("census", "moments", "tags", "images", "round"))
 
 
 def seeds(target: str) -> list[bytes]:
@@ -98,6 +180,31 @@ def _invitations() -> list[bytes]:
     return [token.encode()]
 
 
+def _tasks(session: dict[str, Any]) -> list[bytes]:
+    """The steps of a recorded session as they are relayed to its first silo."""
+    silos = session["silos"]
+
+    def of(step: str) -> list[bytes]:
+        return [b64decode(silo[step]) for silo in silos if step in silo]
+
+    parcels = [pb.Parcel(silo=2, mailbox=b"mailbox", seed=b"seed")]
+    asked = (
+        {"adverts": pb.Adverts(signed=of("advertise"))},
+        {"headers": pb.Headers(signed=of("share"), parcels=parcels)},
+        {"survivors": pb.Survivors(silos=[1, 2, 3])},
+        {"confirmations": pb.Confirmations(signed=of("confirm"))},
+        {"give_up": pb.GiveUp(context_digest=bytes(32), reason="why")},
+    )
+    return [pb.Task(study="trial", session=1, **task).SerializeToString() for task in asked]
+
+
+def _proposals() -> list[bytes]:
+    work = CensusWork()
+    context = session_context(ROSTER, PLAN.digest(), 16, work, session=1, round=1)
+    message = pb.Open(context=context.encode(), work=encode_work(work))
+    return [message.SerializeToString()]
+
+
 def _seeds() -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {name: [] for name in TARGETS}
     bodies = {"advertise": "advert", "share": "header", "masked_input": "maskedinput"}
@@ -122,6 +229,15 @@ def _seeds() -> dict[str, list[bytes]]:
     found["complaint"] = [Complaint(3).encode()]
     found["entry"] = [encode_entry(entry) for entry in entries]
     found["work"], found["invitation"] = _works(), _invitations()
+    found["task"], found["open"] = _tasks(_sessions()[0]), _proposals()
+    offer = pb.Offer(plan=PLAN.toml(), roster=ROSTER.encode())
+    found["offer"] = [offer.SerializeToString()]
+    signed = found["signed"][1]
+    parcels = [pb.Parcel(silo=2, mailbox=b"mailbox", seed=b"seed")]
+    submit = pb.SubmitRequest(study="trial", session=1, signed=signed, parcels=parcels)
+    found["submit"] = [submit.SerializeToString()]
+    received = Received(Signed.decode(signed), parcels_of(parcels))
+    found["journal"] = [encode_event(received), encode_event(Deadline())]
     return found
 
 

@@ -241,3 +241,13 @@ def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
     assert conditional.digest() != plain.digest()
     assert conditional.record_size == plain.record_size + 2 == 1 + 2 + 64
     assert load_plan(conditional.toml()) == conditional
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "[" * 5000, "a." * 4000 + "a = 1", "a = " + "9" * 5000, "a = 0x" + "f" * 9000],
+    ids=["deep array", "deep table", "long integer", "long hexadecimal"],
+)
+def test_a_text_made_to_exhaust_the_parser_is_a_plan_error(text: str) -> None:
+    with pytest.raises(PlanError):
+        load_plan(text)
