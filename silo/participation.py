@@ -280,6 +280,11 @@ class Participation:
         """A certificate: verified, recorded, its consequences drawn; then it counts as settled."""
         certificate = Certificate.decode(task.outcome.certificate)
         record = await asyncio.to_thread(self._protocol.settle, Settle(certificate))
+        if record is None and self._protocol.opened(task.session):
+            raise ProposalRefused(
+                f"the certificate is of another session {task.session} than this site's: "
+                "views were split"
+            )
         if record is not None:
             if record.context.session != task.session:
                 raise ProposalRefused(f"the certificate of session {record.context.session}")

@@ -63,6 +63,10 @@ class Protocol:
         """What the ledger says of the session with this context digest."""
         return self.history.sessions.get(context)
 
+    def opened(self, session: int) -> bool:
+        """Whether this site took part in a session of this number."""
+        return any(r.context.session == session for r in self.history.sessions.values())
+
     def masked_vector(self, context: SessionContext) -> Path:
         """The file that is uploaded in this session."""
         return self._masked / f"{context.session}.vector"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,21 @@ from tests.attacks.liar import Liar
 from tests.attacks.stage import Agent, Federation, Stage, keep_logging, sha256
 
 
+@dataclass(frozen=True)
+class Template:
+    """What `tests.attacks.template` left."""
+
+    folder: Path
+
+
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     folder = tmp_path_factory.mktemp("template")
     command = [sys.executable, "-m", "tests.attacks.template", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    return folder
+    return Template(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +46,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     put_back()
 
 
-async def _stage(template: Path, begin: str, folder: Path) -> AsyncIterator[Stage]:
-    kept = template / begin
+async def _stage(made: Template, begin: str, folder: Path) -> AsyncIterator[Stage]:
+    template, kept = made.folder, made.folder / begin
     home = folder / "south"
     shutil.copytree(kept / "home", home)
     liar = Liar(template / "centre", (template / "address").read_text())
@@ -55,12 +63,12 @@ async def _stage(template: Path, begin: str, folder: Path) -> AsyncIterator[Stag
 
 
 @pytest.fixture
-async def fresh(template: Path, tmp_path: Path) -> AsyncIterator[Stage]:
+async def fresh(template: Template, tmp_path: Path) -> AsyncIterator[Stage]:
     async for stage in _stage(template, "fresh", tmp_path):
         yield stage
 
 
 @pytest.fixture
-async def counted(template: Path, tmp_path: Path) -> AsyncIterator[Stage]:
+async def counted(template: Template, tmp_path: Path) -> AsyncIterator[Stage]:
     async for stage in _stage(template, "counted", tmp_path):
         yield stage

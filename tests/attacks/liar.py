@@ -85,6 +85,12 @@ class Liar(CoordinationServicer):
         if self._server is not None:
             await self._server.stop(None)
 
+    async def alone(self) -> None:
+        """Once the calls of an agent that has gone are over: they would take the next question."""
+        while self._inside:
+            await asyncio.wait(self._inside)
+        self._open.clear()
+
     async def ask(self, task: pb.Task) -> Said:
         """What the agent says to `task`, complete."""
         return await self._ask(task, self._questions)

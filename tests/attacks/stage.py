@@ -76,9 +76,6 @@ class Agent:
         text = (self.home / "agent.log").read_text("utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def refused_in_log(self) -> list[str]:
-        return [line["reason"] for line in self.log() if line["event"] == "refused"]
-
     def ledger(self) -> bytes:
         return self.study.ledger.read_bytes()
 
@@ -156,6 +153,12 @@ class Stage:
     @property
     def ctx(self) -> bytes:
         return self.session.context.digest
+
+    async def restart(self) -> None:
+        """The agent ends and begins again, with what it had on disk."""
+        await self.victim.stop()
+        await self.liar.alone()
+        await self.victim.start()
 
     def context(self, work: Work, round: int = 1, **changes: Any) -> SessionContext:
         """The context that honest silos compute; the next session's, unless changed."""
@@ -261,22 +264,27 @@ class Stage:
             at += 8 + length + 32
         return found
 
-    async def refuses(self, asked: SiloEvent | pb.Task, reason: Reason | str) -> str:
+    async def refuses(
+        self, asked: SiloEvent | pb.Task, reason: Reason | str, *, again: bool = False
+    ) -> None:
         """The three things that every attack has to meet with: nothing left the silo and nothing
-        was promised in its ledger; its own log says why; the coordinator was told."""
-        ledger, logged = self.victim.ledger(), len(self.victim.refused_in_log())
+        was promised in its ledger; its own log says why; the coordinator was told.
+
+        `again`: the same was refused before in this session for the same reason, which is told
+        once; the log has another line all the same.
+        """
+        ledger, before = self.victim.ledger(), len(self.victim.log())
         task = asked if isinstance(asked, pb.Task) else self.task(asked)
         said = await self.liar.ask(task)
         words = reason.value if isinstance(reason, Reason) else reason
         assert said.messages == []
         assert not said.uploaded
         assert self.victim.ledger() == ledger
-        assert [session for session, _ in said.refusals] == [task.session]
-        assert words in said.refusals[0][1]
-        written = self.victim.refused_in_log()[logged:]
-        assert len(written) == 1
-        assert words in written[0]
-        return written[0]
+        assert [session for session, _ in said.refusals] == [task.session] * (not again)
+        assert all(words in told for _, told in said.refusals)
+        lines = [line for line in self.victim.log()[before:] if words in line.get("reason", "")]
+        events = ["not answered"] if again else ["refused", "not answered"]
+        assert [line["event"] for line in lines] == events
 
     async def harmless(self, asked: SiloEvent) -> None:
         """The session goes on as if the attack had not been: the silo's state is as it was."""

@@ -67,6 +67,7 @@ async def build(folder: Path) -> None:
         stage = Stage(liar, victim, federation, 0)
         await give_up(stage, CensusWork())
         await victim.stop()
+        await liar.alone()
         keep(stage, folder / "fresh")
         await victim.start()
         stage.open(CensusWork())

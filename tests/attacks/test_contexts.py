@@ -12,7 +12,7 @@ from secagg import coordinator
 from secagg.codec import blob, items, text, u16, u32
 from secagg.context import NO_HASH, Quantity
 from secagg.errors import Reason
-from secagg.events import Adverts, Confirmations, Headers, Open
+from secagg.events import Adverts, Confirmations, Headers, Open, Survivors
 from secagg.messages import Header, Step
 from secagg.roster import Member, Roster
 from study.quantity import CensusWork
@@ -170,16 +170,10 @@ async def test_silos_that_were_shown_different_sets_of_headers_unmask_nothing(
     confirmations = []
     for i in OTHERS[:3]:
         fresh.peers[i].deliver(fresh.request(Headers, i))  # all five
-        confirmations += [s.message for s in fresh.peers[i].deliver(_survivors(survivors))]
-    mine = (await fresh.ask(_survivors(survivors))).messages
+        confirmations += [s.message for s in fresh.peers[i].deliver(Survivors(survivors))]
+    mine = (await fresh.ask(Survivors(survivors))).messages
     relayed = Confirmations((*confirmations[:2], *mine, confirmations[2]))
     await fresh.refuses(relayed, Reason.TRANSCRIPT_MISMATCH)
-
-
-def _survivors(silos: tuple[int, ...]) -> Any:
-    from secagg.events import Survivors
-
-    return Survivors(silos)
 
 
 async def test_a_header_of_another_world_is_refused_also_when_its_dealer_signs_it(
