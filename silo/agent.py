@@ -26,6 +26,7 @@ from silo.files import lock
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, Identity, load_enrolment, load_or_make_identity
 from silo.log import configure_logging
+from silo.memory import keep_private
 from silo.offers import (
     BadOffer,
     Decision,
@@ -252,4 +253,5 @@ async def _until_signal(agent: Agent) -> None:
 def main(home: Path) -> None:
     """The agent as a process: logs to standard error and to HOME/agent.log."""
     configure_logging(home / "agent.log")
+    keep_private()
     asyncio.run(run(home))

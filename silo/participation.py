@@ -104,7 +104,7 @@ class Participation:
             while not self._study.ended.exists():
                 await self._once()
         finally:
-            self._ledger.close()
+            self._protocol.close()
         self._show(state="ended", phase="", activity="")
 
     async def _once(self) -> None:

@@ -50,6 +50,11 @@ class Protocol:
         self._state: SiloState = resume(party, History.of(ledger.entries()))
         self._vector: Path | None = None
 
+    def close(self) -> None:
+        """Overwrite the secrets of a session under way, and let another process have the ledger."""
+        self._state.wipe()
+        self._ledger.close()
+
     @property
     def history(self) -> History:
         return self._state.history

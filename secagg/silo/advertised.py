@@ -113,6 +113,7 @@ class Advertised(SiloState):
                 info = keys.sealing_info("seed", ctx, t1, me, j)
                 seed_ct = self._seal(seed, j, adverts[j].mask, info)
                 seed_commitment = keys.commit("seed", ctx, t1, me, j, seed)
+                seed.wipe()
             dealt.append(
                 Dealt(
                     receiver=j,
@@ -125,6 +126,8 @@ class Advertised(SiloState):
             )
             if j != me:
                 parcels[j] = Parcel(mailbox_ct, seed_ct)
+                shares_b[j].wipe()
+                shares_r[j].wipe()
         header = Header(
             t1,
             commit_r=keys.commit("r", ctx, t1, me, 0, self.r),

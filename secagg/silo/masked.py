@@ -135,6 +135,8 @@ class ConfirmedState(SiloState):
             tuple((i, shares_b[i]) for i in e.survivors),
             tuple((i, shares_r[i]) for i in e.members if i not in e.survivors),
         ).encode()
+        for share in (*shares_b.values(), *shares_r.values()):
+            share.wipe()
         return self.party.sign(Step.UNMASK, self.context.digest, body)
 
 
@@ -167,7 +169,9 @@ def _lock_shares(
 def _unlock_shares(
     party: SiloParty, entry: Confirmed
 ) -> tuple[dict[int, Secret], dict[int, Secret]]:
-    reader = Reader(unlock(party.ledger_key, entry.locked_shares, entry.ctx).reveal(), "shares")
+    plain = unlock(party.ledger_key, entry.locked_shares, entry.ctx)
+    reader = Reader(plain.reveal(), "shares")
+    plain.wipe()
     pairs = dict(reader.items(lambda: (reader.u16(), Secret(reader.blob(SHARE_BYTES))), MAX_SILOS))
     reader.finish()
     shares_b = {i: share for i, share in pairs.items() if i in entry.survivors}
