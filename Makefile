@@ -34,6 +34,7 @@ demo: $(VENV)/.demo ## a whole federation on this machine, in about three minute
 test: $(VENV)/.test ## the tests; ARGS="-k secagg"
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory coverage
+	@$(BIN)/python -m tests.secagg.soak 2000 --random --jobs 2
 	@$(BIN)/python -m pytest --ignore=tests/secagg
 else
 	@$(BIN)/python -m pytest $(ARGS)

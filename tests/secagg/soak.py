@@ -2,7 +2,7 @@
 
 A piece is a seed: the same seed is the same schedules, with fresh keys. What was run is added to
 `benchmarks/results/soak.json` after each piece, under the digest of the code that ran, so that an
-interrupted soak goes on where it was.
+interrupted soak goes on where it was. `make test` runs a few pieces of random seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from collections import Counter
@@ -64,8 +65,8 @@ def run_piece(number: int) -> Piece:
 
 def code_digest() -> str:
     """SHA-256 over the sources that a schedule runs: results of other code are not added up."""
-    files = [*(ROOT / "secagg").rglob("*.py"), *(ROOT / "tests" / "secagg").glob("*.py")]
-    used = sorted(f for f in files if "test_" not in f.name or f.name == "test_schedules.py")
+    driver = [ROOT / "tests" / "secagg" / name for name in ("test_schedules.py", "world.py")]
+    used = [*sorted((ROOT / "secagg").rglob("*.py")), *driver]
     parts = (hashlib.sha256(file.read_bytes()).digest() for file in used)
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -117,14 +118,19 @@ def main() -> int:
     parser.add_argument("schedules", nargs="?", type=int, default=100_000)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, help="only this piece, and nothing is written")
+    parser.add_argument("--random", action="store_true", help="random seeds; nothing is written")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     if asked.seed is not None:
         print(run_piece(asked.seed))
         return 0
-    these = conditions()
-    run = under(asked.results, these)
     with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
+        if asked.random:
+            seeds = [secrets.randbits(32) for _ in range(-(-asked.schedules // PIECE))]
+            print(sum((piece.seen for piece in pool.map(run_piece, seeds)), Counter()))
+            return 0
+        these = conditions()
+        run = under(asked.results, these)
         while run["schedules"] < asked.schedules:
             first = run["pieces"] + 1
             for piece in pool.map(run_piece, range(first, first + asked.jobs)):
