@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,15 @@ from diffusion.frechet import Moments
 from secagg.masking import DTYPES
 from study.encoding import next_clips
 from study.plan import Plan
-from study.quantity import MomentsWork, RoundWork, count_encoding, delta_encoding, moments_encoding
+from study.quantity import (
+    EvaluationWork,
+    MomentsWork,
+    RoundWork,
+    count_encoding,
+    delta_encoding,
+    evaluation_encoding,
+    moments_encoding,
+)
 from study.strategies import State
 
 MODEL = np.dtype("<f4")
@@ -118,6 +127,19 @@ def summed_moments(
     outer = np.triu(outer) + np.triu(outer, 1).T
     real = Moments(round(float(values[0])), values[1 : 1 + d], outer, center)
     return real, found.clipped, found.faults
+
+
+def mean_comparison(total: bytes, work: EvaluationWork, silos: int, summed: int) -> dict[str, Any]:
+    """The means over the silos that could measure, and how many those were; `clipped` counts values
+    beyond the encoding's bound. No means where no silo could."""
+    encoding = evaluation_encoding(work, silos)
+    found = encoding.decode(np.frombuffer(total, DTYPES[32]), summed)
+    measured = summed - found.faults
+    counters = {"measured": measured, "clipped": found.clipped}
+    if measured == 0:
+        return counters
+    kid, coverage, copies, *losses = (found.values / measured).tolist()
+    return {"kid": kid, "coverage": coverage, "copies": copies, "losses": losses, **counters}
 
 
 def write_state(state: State) -> bytes:

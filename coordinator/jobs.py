@@ -148,29 +148,34 @@ def feature_dimension(network: str, sha256: str) -> int:
     return FEATURES
 
 
+def draw_samples(machine: Machine, plan_text: str, model: Path, out: Path) -> None:
+    """The samples that the plan evaluates: uint8 (c, h, w) each, one after the other."""
+    plan = load_plan(plan_text)
+    if plan.evaluation is None:
+        raise ValueError("the plan has no [evaluation]")
+    images = plan.evaluation.samples
+    _samples(machine, plan, _load(plan, model), images, first=_FIRST_MEASURED).tofile(out)
+
+
 def frechet_distance(
-    machine: Machine,
     plan_text: str,
-    model: Path,
+    samples: Path,
     total: Path,
     work: dict[str, Any],
     silos: int,
     summed: int,
 ) -> float:
-    """FID of fresh samples of the model against the images of all silos, of which `total` is the
-    sum of moments over `summed` silos."""
+    """FID of the samples of `draw_samples` against the images of all silos, of which `total` is
+    the sum of moments over `summed` silos."""
     from diffusion.features.network import load_feature_network
     from diffusion.frechet import fid, moments
 
     plan = load_plan(plan_text)
-    if plan.evaluation is None:
-        raise ValueError("the plan has no [evaluation]")
-    network = load_feature_network(plan.evaluation.feature_network)
-    center = network.public_center().astype(np.float64)
     asked = MomentsWork.model_validate(work)
+    network = load_feature_network(asked.network)
+    center = network.public_center().astype(np.float64)
     real, _, _ = summed_moments(total.read_bytes(), asked, silos, summed, center)
-    images = plan.evaluation.samples
-    drawn = _samples(machine, plan, _load(plan, model), images, first=_FIRST_MEASURED)
+    drawn = np.fromfile(samples, dtype=np.uint8).reshape(-1, *plan.data.shape)
     return fid(real, moments(network.extract(drawn), center))
 
 

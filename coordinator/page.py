@@ -103,7 +103,8 @@ def _facts(report: Json) -> str:
 
 
 def _network(rounds: Sequence[Json]) -> str:
-    return next(str(r["network"]) for r in rounds if "network" in r)
+    found = next(r for r in rounds if "network" in r)
+    return f"{found['network']} {found['network_sha256'][:8]}"
 
 
 def _samples(folder: Path) -> str:
@@ -119,7 +120,10 @@ def _charts(rounds: Sequence[Json]) -> str:
             [(r["round"], r["auxiliary_loss"]) for r in rounds if "auxiliary_loss" in r],
             "--green",
         ),
-        ("FID, smaller is better", [(r["round"], r["fid"]) for r in rounds if "fid" in r], "--red"),
+        ("FID, smaller is better", _points(rounds, "fid"), "--red"),
+        ("KID, mean over silos, smaller is better", _points(rounds, "kid"), "--red"),
+        ("Coverage of the silos' images, mean", _points(rounds, "coverage"), "--green"),
+        ("Share of samples near a training image, mean", _points(rounds, "copies"), "--blue"),
     ]
     corrected = {r["round"] for r in rounds if "correction" in r}
     drawn = [
@@ -127,6 +131,7 @@ def _charts(rounds: Sequence[Json]) -> str:
         for name, points, color in series
         if points
     ]
+    drawn += _loss_by_timestep(rounds)
     return (
         f'<section><h2>Curves</h2><div class="charts">{"".join(drawn)}</div></section>'
         if drawn
@@ -134,8 +139,24 @@ def _charts(rounds: Sequence[Json]) -> str:
     )
 
 
-def _chart(points: Sequence[tuple[int, float]], color: str, marked: set[int]) -> str:
-    """A line chart as inline SVG, rounds on the horizontal axis."""
+def _points(rounds: Sequence[Json], key: str) -> list[tuple[int, float]]:
+    return [(r["round"], r[key]) for r in rounds if key in r]
+
+
+def _loss_by_timestep(rounds: Sequence[Json]) -> list[str]:
+    measured = [r for r in rounds if "losses" in r]
+    if not measured:
+        return []
+    last = measured[-1]
+    name = f"Loss on the silos' images by timestep, round {last['round']}; bin 0: least noise"
+    chart = _chart(list(enumerate(last["losses"])), "--blue", set(), unit="bin")
+    return [f"<figure><figcaption>{name}</figcaption>{chart}</figure>"]
+
+
+def _chart(
+    points: Sequence[tuple[int, float]], color: str, marked: set[int], unit: str = "round"
+) -> str:
+    """A line chart as inline SVG, rounds (or what `unit` says) on the horizontal axis."""
     width, height, left, bottom, top = 360, 190, 52, 26, 10
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
@@ -151,7 +172,7 @@ def _chart(points: Sequence[tuple[int, float]], color: str, marked: set[int]) ->
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if n in marked else 2.5}" '
         f'fill="{"var(--paper)" if n in marked else f"var({color})"}" stroke="var({color})" '
-        f'stroke-width="2"><title>round {n}: {value:.6g}</title></circle>'
+        f'stroke-width="2"><title>{unit} {n}: {value:.6g}</title></circle>'
         for (n, value), (x, y) in zip(points, places, strict=True)
     )
     ticks = "".join(

@@ -21,6 +21,8 @@ from coordinator.store import Store
 from coordinator.studies import LiveStudy
 
 Json = dict[str, Any]
+_MEASURED = ("fid", "samples", "network", "network_sha256")
+_COMPARED = ("kid", "coverage", "copies", "losses", "measured", "clipped")
 
 
 class Report:
@@ -116,7 +118,10 @@ def _round(results: Json, number: int) -> Json:
         line["correction"] = {key: corrected[key] for key in keys}
     evaluation = part("evaluation")
     if evaluation:
-        line |= {key: evaluation[key] for key in ("fid", "samples", "network")}
+        line |= {key: evaluation[key] for key in _MEASURED}
+    comparison = part("comparison")
+    if comparison:
+        line |= {key: comparison[key] for key in _COMPARED if key in comparison}
     return line
 
 
@@ -136,7 +141,6 @@ def _metrics(report: Json) -> list[Json]:
     """One line per thing that happened, in order."""
     lines: list[Json] = []
     in_sum = ("round", "survivors", "session", "loss", "moved", "saturated", "faults")
-    measured = ("round", "fid", "samples", "network")
     for r in report["rounds"]:
         lines.append({"event": "round", **{key: r[key] for key in in_sum}})
         if "decision" in r:
@@ -144,7 +148,8 @@ def _metrics(report: Json) -> list[Json]:
         if "correction" in r:
             lines.append({"event": "correction", "round": r["round"], **r["correction"]})
         if "fid" in r:
-            lines.append({"event": "evaluation", **{key: r[key] for key in measured}})
+            keys = ("round", *_MEASURED, *_COMPARED)
+            lines.append({"event": "evaluation", **{key: r[key] for key in keys if key in r}})
     return lines
 
 

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from coordinator import jobs, records, registry
-from coordinator.aggregation import aggregate, census_total, round_input
+from coordinator.aggregation import aggregate, census_total, mean_comparison, round_input
 from coordinator.config import Home
 from coordinator.jobs import Machine
 from coordinator.report import Report
@@ -30,7 +30,15 @@ from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, Stopped, StudyFailed, Summing
 from coordinator.union import collect_union
 from coordinator.worker import Worker
-from study.quantity import CensusWork, MomentsWork, RoundWork, moments_bound
+from study.plan import Evaluation
+from study.quantity import (
+    CensusWork,
+    EvaluationWork,
+    MomentsWork,
+    RoundWork,
+    evaluation_bins,
+    moments_bound,
+)
 from study.strategies import RoundRecord
 
 log = structlog.get_logger()
@@ -202,8 +210,8 @@ class Runner:
                     f"{key} corrected", lambda: self._correct(number, step, auxiliary)
                 )
         await self.once(f"{key} grid", lambda: self._grid(number, step))
-        if self._is_evaluated(number):
-            await self.once(f"{key} evaluation", lambda: self._evaluate(step))
+        if self._plan.evaluates(number):
+            await self._evaluate(number, step)
         await self.once(f"{key} tidy", lambda: self._tidy(model, step))
         return step
 
@@ -322,36 +330,68 @@ class Runner:
         await self._draw(step, _GRID, png)
         return {"grid": f"grids/{png.name}"}
 
-    def _is_evaluated(self, number: int) -> bool:
-        evaluation = self._plan.evaluation
-        last = number == self._plan.rounds.count
-        return evaluation is not None and (last or number % evaluation.every == 0)
+    async def _evaluate(self, number: int, step: Json) -> None:
+        """Samples of the global model, measured here and, where the plan says so, at the silos."""
+        key, evaluation = f"round {number:05}", self._plan.evaluation
+        assert evaluation is not None  # noqa: S101 - `Plan.evaluates`
+        drawn = await self.once(f"{key} samples", lambda: self._draw_samples(step, evaluation))
+        await self.once(f"{key} evaluation", lambda: self._distance(drawn, evaluation))
+        if evaluation.at_silos:
+            await self.once(
+                f"{key} comparison", lambda: self._compare(number, step, drawn, evaluation)
+            )
 
-    async def _evaluate(self, step: Json) -> Json:
+    async def _draw_samples(self, step: Json, evaluation: Evaluation) -> Json:
+        model, out = bytes.fromhex(step["model"]), self._scratch("samples.u8")
+        path = self._tools.artifacts.path(model)
+        await self._worker.run(jobs.draw_samples, self._machine, self._text, path, out)
+        sha256 = await asyncio.to_thread(self._tools.artifacts.adopt, out)
+        await self._record(sha256, "samples", published=evaluation.at_silos)
+        return {"samples": sha256.hex()}
+
+    async def _distance(self, drawn: Json, evaluation: Evaluation) -> Json:
         """FID of the global model against the distribution of all silos' images."""
         moments = await self._result("moments")
-        total = self._tools.artifacts.path(bytes.fromhex(moments["sum"]))
-        model = self._tools.artifacts.path(bytes.fromhex(step["model"]))
+        path = self._tools.artifacts.path
         fid = await self._worker.run(
             jobs.frechet_distance,
-            self._machine,
             self._text,
-            model,
-            total,
+            path(bytes.fromhex(drawn["samples"])),
+            path(bytes.fromhex(moments["sum"])),
             moments["work"],
             self._live.roster.size,
             len(moments["silos"]),
         )
-        evaluation = self._plan.evaluation
-        assert evaluation is not None  # noqa: S101 - `_is_evaluated`
-        return {"fid": fid, "samples": evaluation.samples, "network": evaluation.feature_network}
+        return {
+            "fid": fid,
+            "samples": evaluation.samples,
+            "network": evaluation.feature_network,
+            "network_sha256": evaluation.sha256,
+        }
+
+    async def _compare(self, number: int, step: Json, drawn: Json, evaluation: Evaluation) -> Json:
+        """The means over the silos of what each measures with its own images."""
+        await self._stage(f"round {number} of {self._plan.rounds.count}: evaluation at the silos")
+        work = EvaluationWork(
+            samples=drawn["samples"],
+            images=evaluation.samples,
+            network=evaluation.feature_network,
+            sha256=evaluation.sha256,
+            bins=evaluation_bins(self._plan.schedule.num_train_timesteps),
+        )
+        model, samples = bytes.fromhex(step["model"]), bytes.fromhex(drawn["samples"])
+        asked = Asked(work, number, self._members, model=model, artifacts=[model, samples])
+        end = await self._summing.sum(asked)
+        total = self._tools.artifacts.read(bytes.fromhex(end.sum))
+        found = mean_comparison(total, work, self._live.roster.size, len(end.survivors))
+        return {**found, "silos": self._names(end.survivors), "session": asdict(end)}
 
     async def _tidy(self, before: Json, after: Json) -> Json:
         """Drop what no later step reads: the sum of this round, and the model before its input."""
         moments = await self._result("moments")
         named = (before["model"], after["model"], after["state"], moments.get("sum"))
         keep = {bytes.fromhex(name) for name in named if name}
-        roles = ("model", "state", "sum")
+        roles = ("model", "state", "sum", "samples")
         store, name = self._tools.store, self._live.id
         done, ours = await store.do(records.done_with, name, roles, keep)
         # The files first: a row whose file is gone is struck after a restart, a file without a row

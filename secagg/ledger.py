@@ -41,6 +41,7 @@ PURPOSES = {
     "tags": Purpose(),
     "images": Purpose(reserved_by="tags"),
     "round": Purpose(model=True),
+    "evaluation": Purpose(model=True),
 }
 STATIC_PURPOSES = frozenset(name for name, purpose in PURPOSES.items() if purpose.static)
 # An ABORT for a session that we never opened costs the coordinator nothing and us an entry.

@@ -21,7 +21,7 @@ from silo.hours import Hours
 from silo.reach import parse_proxy
 from study.problems import explain
 
-Purpose = Literal["census", "moments", "tags", "images", "round"]
+Purpose = Literal["census", "moments", "tags", "images", "round", "evaluation"]
 Format = Literal["auto", "dicom", "images", "nifti", "npz", "idx", "cifar"]
 SITE_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
@@ -109,7 +109,8 @@ class Policy(Spec):
     quantile of the distances between training images."""
 
     purposes: tuple[Purpose, ...] = ("census", "moments", "tags", "images", "round")
-    """Which sums this site takes part in."""
+    """Which sums this site takes part in. Also known: evaluation, in which samples that the study
+    centre publishes are compared with the images here (docs/threat-model.md, "Evaluation")."""
 
     feature_networks: tuple[str, ...] = ("digits", "fashion-mnist")
     """Feature networks whose moments of the real images may be summed: only with the weights that

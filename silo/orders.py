@@ -151,6 +151,35 @@ class FeatureMoments(Order["MomentsSummed"]):
 
 
 @dataclass(frozen=True)
+class EvaluateModel(Order["Evaluated"]):
+    """Compare a model and samples of it with the real images, and encode the measures."""
+
+    machine: Machine
+    plan: str
+    silos: int
+    work: bytes
+    """Canonical JSON of an EvaluationWork."""
+    model: Path
+    """Flat float32, little-endian."""
+    samples: Path
+    """uint8, (c, h, w) each, one after the other."""
+    images: Path
+    vector: Path
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """For the site's own log; the sum holds the same, hidden among the others."""
+
+    kid: float
+    coverage: float
+    copies: float
+    loss: float
+    fault: bool
+    """There are too few images here, or the model's loss is not finite: zeros, with a flag."""
+
+
+@dataclass(frozen=True)
 class MomentsSummed:
     """How much did not fit the bound that the study set."""
 

@@ -47,7 +47,7 @@ from silo.model_size import parameter_count
 from silo.offers import Terms
 from silo.orders import PublishModel
 from silo.outcomes import Outcomes
-from silo.proposal import Pinned, Proposal, check_open
+from silo.proposal import Artifact, Pinned, Proposal, check_open
 from silo.protocol import Protocol
 from silo.quantities import Quantities
 from silo.status import Status
@@ -184,7 +184,7 @@ class Participation:
         prepared = self._quantities.prepare(
             proposal,
             self.terms.roster,
-            await self._fetch(proposal),
+            [await self._fetch(artifact) for artifact in proposal.artifacts],
             lambda progress: self._report(context, progress),
         )
         vector = await self._while_wanted(task.session, prepared)
@@ -249,17 +249,14 @@ class Participation:
             epoch = self.terms.roster.epoch
             write_json(self._study.total, {"epoch": epoch, "total_count": total})
 
-    async def _fetch(self, proposal: Proposal) -> Path | None:
-        if proposal.artifact is None:
-            return None
-        target = self._study.artifact(proposal.artifact)
+    async def _fetch(self, artifact: Artifact) -> Path:
+        target = self._study.artifact(artifact.sha256)
         await self._tools.client.download(
-            self._study.name, proposal.artifact, target, at_most=proposal.artifact_bytes
+            self._study.name, artifact.sha256, target, at_most=artifact.size
         )
-        if target.stat().st_size != proposal.artifact_bytes:
+        if (size := target.stat().st_size) != artifact.size:
             raise ProposalRefused(
-                f"artifact {proposal.artifact.hex()} has {target.stat().st_size} bytes, "
-                f"the plan says {proposal.artifact_bytes}"
+                f"artifact {artifact.sha256.hex()} has {size} bytes, the plan says {artifact.size}"
             )
         return target
 

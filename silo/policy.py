@@ -136,5 +136,6 @@ def purposes(plan: Plan) -> tuple[str, ...]:
         "census",
         "round",
         *(("moments",) if plan.evaluation else ()),
+        *(("evaluation",) if plan.evaluation and plan.evaluation.at_silos else ()),
         *(("tags", "images") if plan.auxiliary else ()),
     )

@@ -7,6 +7,7 @@ the coordinator's context is the same in every field. Pure: no files, no network
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from protos.v1 import coordination_pb2 as pb
@@ -20,12 +21,14 @@ from silo.model_size import parameter_count
 from study.plan import Plan
 from study.quantity import (
     CensusWork,
+    EvaluationWork,
     ImagesWork,
     MomentsWork,
     RoundWork,
     TagsWork,
     Work,
     decode_work,
+    evaluation_bins,
     moments_bound,
     session_context,
 )
@@ -50,15 +53,21 @@ class Pinned:
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """A file of the study, and how long it must be."""
+
+    sha256: bytes
+    size: int
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A session this site can take part in."""
 
     context: SessionContext
     work: Work
-    artifact: bytes | None
-    """SHA-256 of the one file that the work needs, if any."""
-    artifact_bytes: int = 0
-    """How long that file is."""
+    artifacts: tuple[Artifact, ...] = ()
+    """The files that the work needs: the input model, or the sum of tags; then the samples."""
 
 
 def check_open(session: int, message: pb.Open, pinned: Pinned) -> Proposal:
@@ -77,8 +86,7 @@ def check_open(session: int, message: pb.Open, pinned: Pinned) -> Proposal:
                 f"session {session} ({context.quantity}): {part.name} is {_shown(theirs)}, "
                 f"this site has {_shown(ours)}"
             )
-    artifact, size = _artifact(work, message, pinned)
-    return Proposal(context, work, artifact, size)
+    return Proposal(context, work, _artifacts(work, message, pinned))
 
 
 def _expected(
@@ -90,7 +98,11 @@ def _expected(
         reservation = bytes.fromhex(work.tags)
         survivors = pinned.tags[round].survivors
     if isinstance(work, RoundWork):
-        model = _only_artifact(message)
+        (model,) = _named(message, "the input model")
+    if isinstance(work, EvaluationWork):
+        model, samples = _named(message, "the model", "its samples")
+        if samples.hex() != work.samples:
+            raise ValueError(f"evaluation {round}: the samples are not those of the work")
     return session_context(
         pinned.roster,
         pinned.plan.digest(),
@@ -126,6 +138,9 @@ def _check_work(work: Work, round: int, pinned: Pinned) -> None:
         case RoundWork():
             last = plan.rounds.count
             _check_round(work, round, plan)
+        case EvaluationWork():
+            last = plan.rounds.count
+            _check_evaluation(work, round, plan)
     first = pinned.roster.epoch if work.purpose in STATIC_PURPOSES else 1
     if not first <= round <= last:
         raise ValueError(f"{work.purpose} {round}: the plan has {first} to {last}")
@@ -173,22 +188,39 @@ def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
         raise ValueError(f"round 1: the clips are not the plan's first_clip = {plan.first_clip}")
 
 
-def _artifact(work: Work, message: pb.Open, pinned: Pinned) -> tuple[bytes | None, int]:
+def _check_evaluation(work: EvaluationWork, round: int, plan: Plan) -> None:
+    agreed = plan.evaluation
+    if agreed is None or not agreed.at_silos or not plan.evaluates(round):
+        raise ValueError(f"evaluation {round}: the plan has none of this round at the silos")
+    wanted = (agreed.feature_network, agreed.sha256, agreed.samples)
+    if (work.network, work.sha256, work.images) != wanted:
+        raise ValueError(f"evaluation {round}: network or number of samples are not the plan's")
+    if work.bins != evaluation_bins(plan.schedule.num_train_timesteps):
+        raise ValueError(f"evaluation {round}: {work.bins} bins are not what the plan says")
+
+
+def _artifacts(work: Work, message: pb.Open, pinned: Pinned) -> tuple[Artifact, ...]:
+    plan = pinned.plan
     match work:
         case RoundWork():
-            return _only_artifact(message), 4 * sum(work.sizes)
+            return (Artifact(message.artifacts[0], 4 * sum(work.sizes)),)
+        case EvaluationWork():
+            model, samples = message.artifacts
+            return (
+                Artifact(model, 4 * parameter_count(plan.model)),
+                Artifact(samples, work.images * math.prod(plan.data.shape)),
+            )
         case ImagesWork():
-            slots = pinned.plan.auxiliary.slots_per_image if pinned.plan.auxiliary else 0
-            images = pinned.plan.auxiliary.images if pinned.plan.auxiliary else 0
-            return bytes.fromhex(work.tags), 4 * slots * images
+            slots = plan.auxiliary.slots_per_image * plan.auxiliary.images if plan.auxiliary else 0
+            return (Artifact(bytes.fromhex(work.tags), 4 * slots),)
         case _:
-            return None, 0
+            return ()
 
 
-def _only_artifact(message: pb.Open) -> bytes:
-    if len(message.artifacts) != 1:
-        raise ValueError(f"{len(message.artifacts)} artifacts, a round has one: the input model")
-    return bytes(message.artifacts[0])
+def _named(message: pb.Open, *names: str) -> tuple[bytes, ...]:
+    if len(message.artifacts) != len(names):
+        raise ValueError(f"{len(message.artifacts)} artifacts, not {' and '.join(names)}")
+    return tuple(message.artifacts)
 
 
 def _shown(value: object) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,13 +25,14 @@ from silo.data.cache import Cached, check_classes, open_cache
 from silo.errors import DataError
 from silo.files import move, read_json, write_file, write_json
 from silo.home import SiloHome, StudyHome
-from silo.orders import CacheImages, FeatureMoments, Order, TrainRound
+from silo.orders import CacheImages, EvaluateModel, FeatureMoments, Order, TrainRound
 from silo.proposal import Proposal
 from silo.worker import Progress, Worker
 from study.integers import coarse_count
 from study.plan import Plan
 from study.quantity import (
     CensusWork,
+    EvaluationWork,
     ImagesWork,
     MomentsWork,
     RoundWork,
@@ -69,10 +70,10 @@ class Quantities:
         self,
         proposal: Proposal,
         roster: Roster,
-        artifact: Path | None,
+        artifacts: Sequence[Path],
         on_progress: Callable[[Progress], None],
     ) -> Path:
-        """The file with the encoded vector of a session.
+        """The file with the encoded vector of a session, made with the proposal's `artifacts`.
 
         Raises DataError, WorkFailed or ProposalRefused.
         """
@@ -84,7 +85,7 @@ class Quantities:
             log.info("vector kept from an earlier session", quantity=str(context.quantity))
             return vector
         (folder / "request.json").unlink(missing_ok=True)
-        await self._compute(proposal, roster, artifact, folder)
+        await self._compute(proposal, roster, artifacts, folder)
         write_json(folder / "request.json", request)
         return vector
 
@@ -107,14 +108,16 @@ class Quantities:
                     move(candidate, kept)
         shutil.rmtree(folder, ignore_errors=True)
         if quantity.purpose == "round":
-            self._study.artifact(context.model).unlink(missing_ok=True)
+            # This round's input, the model evaluated before it: the next round brings its own.
+            for artifact in self._study.artifacts.iterdir():
+                artifact.unlink(missing_ok=True)
 
     async def count(self) -> int:
         """ñ: the coarse count of this site's images. Raises DataError where there are none."""
         return coarse_count((await self._images()).count)
 
     async def _compute(
-        self, proposal: Proposal, roster: Roster, artifact: Path | None, folder: Path
+        self, proposal: Proposal, roster: Roster, artifacts: Sequence[Path], folder: Path
     ) -> None:
         vector, work = folder / "vector", proposal.work
         attempt = proposal.context.quantity.round
@@ -129,11 +132,13 @@ class Quantities:
                 count = coarse_count(images.count)
                 write_file(vector, await self._auxiliary.tags(attempt, work, count, images.file))
             case ImagesWork():
-                total = _needed(artifact)
+                (total,) = artifacts
                 content = await asyncio.to_thread(self._auxiliary.images, attempt, work, total)
                 write_file(vector, content)
             case RoundWork():
-                await self._round(attempt, work, roster.size, _needed(artifact), folder)
+                await self._round(attempt, work, roster.size, artifacts[0], folder)
+            case EvaluationWork():
+                await self._evaluation(attempt, work, roster.size, artifacts, vector)
 
     async def _moments(self, work: MomentsWork, silos: int, vector: Path) -> None:
         images = (await self._images()).file
@@ -177,6 +182,30 @@ class Quantities:
                 "break training; the study centre sees how many sites this happened to",
             )
         log.info("trained", round=round, loss=done.loss, saturated=done.saturated)
+
+    async def _evaluation(
+        self,
+        round: int,
+        work: EvaluationWork,
+        silos: int,
+        artifacts: Sequence[Path],
+        vector: Path,
+    ) -> None:
+        model, samples = artifacts
+        images = (await self._images()).file
+        order = EvaluateModel(
+            machine=self._worker.machine,
+            plan=self._plan.toml(),
+            silos=silos,
+            work=encode_work(work),
+            model=model,
+            samples=samples,
+            images=images,
+            vector=vector,
+        )
+        done = await self._run(order)
+        samples.unlink(missing_ok=True)  # the model is most often the next round's input
+        log.info("evaluated", round=round, **vars(done))
 
     async def _images(self) -> Cached:
         """The images as they were when the study first asked: counts and moments are static."""
@@ -226,12 +255,6 @@ def _request(context: SessionContext) -> dict[str, str]:
         "model": context.model.hex(),
         "reservation": context.reservation.hex(),
     }
-
-
-def _needed(artifact: Path | None) -> Path:
-    if artifact is None:
-        raise DataError("the work needs a file that the coordinator did not name")
-    return artifact
 
 
 def _secret(path: Path) -> bytes:

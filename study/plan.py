@@ -184,7 +184,7 @@ class Rounds(Spec):
 
 
 class Evaluation(Spec):
-    """[evaluation]: FID by securely summed features."""
+    """[evaluation]: FID by securely summed features, and what only silos can measure."""
 
     feature_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     """Name of the feature network."""
@@ -200,6 +200,10 @@ class Evaluation(Spec):
 
     every: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Evaluate after every so many rounds, and after the last."""
+
+    at_silos: bool = False
+    """Whether each silo compares the samples, and the model, with its own images, and the mean of
+    KID, coverage, near-copies and loss by timestep is summed. A site's policy has to allow it."""
 
 
 class Plan(Spec):
@@ -226,6 +230,16 @@ class Plan(Spec):
         channels, height, width = self.data.shape
         label = 0 if self.model.classes is None else LABEL_BYTES
         return 1 + label + channels * height * width
+
+    def evaluates(self, round: int) -> bool:
+        """Whether the model of this round, 1 … rounds.count, is evaluated."""
+        every = self.evaluation.every if self.evaluation else 0
+        return bool(every) and (round % every == 0 or round == self.rounds.count)
+
+    @property
+    def copy_quantile(self) -> float:
+        """The quantile of the memorisation audit, also without an auxiliary set."""
+        return self.auxiliary.audit_quantile if self.auxiliary else 0.05
 
     @property
     def first_clip(self) -> float:

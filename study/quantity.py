@@ -11,6 +11,7 @@ two silos for different encodings without their masks failing to cancel.
 | tags | attempt | slot tags of the anonymous union | 32 |
 | images | attempt | synthetic images in the slots won | 8 |
 | round | round | weighted model delta, loss, saturation and fault counters | the plan's |
+| evaluation | round | KID, coverage, share of copies, loss by timestep | 32 |
 """
 
 from __future__ import annotations
@@ -84,7 +85,24 @@ class RoundWork(_Work):
     clips: tuple[Annotated[float, Field(gt=0)], ...]
 
 
-Work = CensusWork | MomentsWork | TagsWork | ImagesWork | RoundWork
+class EvaluationWork(_Work):
+    """Compare the input model, and published samples of it, with the real images.
+
+    The vector holds KID, coverage, share of copies, then the loss in each of `bins` bins of
+    timesteps, of one silo each: the mean is over silos, since weights would make the absence of a
+    silo tell its count.
+    """
+
+    purpose: Literal["evaluation"] = "evaluation"
+    samples: Sha256Hex
+    """Of `images` images, uint8, (c, h, w) each, one after the other."""
+    images: Annotated[int, Field(ge=2, le=1_000_000)]
+    network: str
+    sha256: Sha256Hex
+    bins: Annotated[int, Field(ge=1, le=100)]
+
+
+Work = CensusWork | MomentsWork | TagsWork | ImagesWork | RoundWork | EvaluationWork
 _ADAPTER: TypeAdapter[Work] = TypeAdapter(Annotated[Work, Field(discriminator="purpose")])
 
 
@@ -122,6 +140,16 @@ def moments_encoding(work: MomentsWork, silos: int) -> FixedPoint:
     return FixedPoint(silos=silos, size=1 + d + d * (d + 1) // 2, bound=work.bound)
 
 
+def evaluation_encoding(work: EvaluationWork, silos: int) -> FixedPoint:
+    """The evaluation vector; steps of 2^-31, and losses of a model that diverged are clipped."""
+    return FixedPoint(silos=silos, size=3 + work.bins, bound=2.0**16)
+
+
+def evaluation_bins(num_train_timesteps: int) -> int:
+    """Bins of the loss by timestep: ten, or fewer where there are fewer timesteps."""
+    return min(10, num_train_timesteps)
+
+
 def delta_encoding(work: RoundWork, silos: int, ring: Ring) -> Encoding:
     """The vector of a model round."""
     return Encoding(ring, silos, work.total_count, work.sizes, work.clips)
@@ -147,6 +175,9 @@ def vector_of(work: Work, silos: int, ring: Ring) -> tuple[Ring, int, bytes]:
         case RoundWork():
             delta = delta_encoding(work, silos, ring)
             kind, length, parameters = ring, delta.length, delta.parameters()
+        case EvaluationWork():
+            measures = evaluation_encoding(work, silos)
+            kind, length, parameters = 32, measures.length, measures.parameters()
     encoding = hashlib.sha256(
         hashlib.sha256(encode_work(work)).digest() + hashlib.sha256(parameters).digest()
     )

@@ -23,7 +23,7 @@ from typing import Self
 import numpy as np
 
 import silo.admin
-from concilium.datasets import Images
+from concilium.datasets import Images, Labels
 from coordinator import admin
 from coordinator.config import Home, config_text
 from silo.identity import Enrolment
@@ -107,12 +107,17 @@ class Federation:
         self._wait_for(port)
         return fingerprint
 
-    def found_silo(self, name: str, images: Images, threads: int = 1) -> None:
-        """Write the silo's images and its site.toml."""
+    def found_silo(
+        self, name: str, images: Images, labels: Labels | None = None, threads: int = 1
+    ) -> None:
+        """Write the silo's images, their labels where they have any, and its site.toml."""
         data = self.out / "data" / f"{name}.npz"
         data.parent.mkdir(parents=True, exist_ok=True)
         # One channel: [n, h, w], as MedMNIST stores greyscale.
-        np.savez(data, images=images[:, 0])
+        if labels is None:
+            np.savez(data, images=images[:, 0])
+        else:
+            np.savez(data, images=images[:, 0], labels=labels)
         silo.admin.init(
             self.silo_home(name),
             name=name,

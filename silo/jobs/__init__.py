@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from silo.orders import (
     CacheImages,
+    EvaluateModel,
     FeatureMoments,
     Order,
     PublishModel,
@@ -53,6 +54,10 @@ def execute(order: Order[R], progress: ProgressFile) -> R:
             from silo.jobs.moments import feature_moments
 
             answer = feature_moments(order, progress)
+        case EvaluateModel():
+            from silo.jobs.evaluation import evaluate_model
+
+            answer = evaluate_model(order, progress)
         case PublishModel():
             from silo.jobs.publish import publish_model
 

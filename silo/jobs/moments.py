@@ -17,7 +17,7 @@ from silo.files import write_file
 from silo.jobs.training import read_images
 from silo.orders import FeatureMoments, MomentsSummed
 from silo.worker import ProgressFile
-from study.quantity import MomentsWork, decode_work, moments_encoding
+from study.quantity import EvaluationWork, MomentsWork, decode_work, moments_encoding
 
 _BATCH = 4096
 
@@ -27,16 +27,21 @@ def feature_moments(order: FeatureMoments, progress: ProgressFile) -> MomentsSum
     work = decode_work(order.work)
     if not isinstance(work, MomentsWork):
         raise TypeError(f"{work.purpose} is no sum of moments")
-    pinned = FEATURE_NETWORKS.get(work.network)
-    if pinned is None or pinned.sha256 != work.sha256:
-        raise ProposalRefused(
-            f"moments: feature network {work.network!r} with SHA-256 {work.sha256} is not one that "
-            "this version ships"
-        )
+    check_network(work)
     values = _weighted_moments(work, order, progress)
     encoding = moments_encoding(work, order.silos)
     write_file(order.vector, encoding.encode(values).tobytes())
     return MomentsSummed(int(np.count_nonzero(np.abs(values) > work.bound)))
+
+
+def check_network(work: MomentsWork | EvaluationWork) -> None:
+    """Raises ProposalRefused for a feature network that is not on this machine."""
+    pinned = FEATURE_NETWORKS.get(work.network)
+    if pinned is None or pinned.sha256 != work.sha256:
+        raise ProposalRefused(
+            f"{work.purpose}: feature network {work.network!r} with SHA-256 {work.sha256} is not "
+            "one that this version ships"
+        )
 
 
 def _weighted_moments(

@@ -50,6 +50,7 @@ from study.invitation import Invitation
 from study.plan import Plan, load_plan
 from study.quantity import (
     CensusWork,
+    EvaluationWork,
     ImagesWork,
     MomentsWork,
     RoundWork,
@@ -57,6 +58,7 @@ from study.quantity import (
     count_encoding,
     decode_work,
     delta_encoding,
+    evaluation_encoding,
     moments_encoding,
 )
 from study.reservation import Reservation, images_vector, reserve, share, with_labels
@@ -156,6 +158,8 @@ class TestSilo:
         self.vectors: dict[tuple[str, int], Vector] = {}
         """(quantity, session) → what this silo put in."""
         self.ended: dict[str, pb.StudyEnded] = {}
+        self.samples = b""
+        """Those that the last evaluation was of."""
         self.errors: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -342,6 +346,14 @@ class TestSilo:
                 assert taking.reservation is not None
                 total = np.frombuffer(content, dtype=DTYPES[32])
                 return images_vector(taking.images, taking.reservation, total)
+            case EvaluationWork():
+                sizes = [len(await download(stub, task.study, a)) for a in task.open.artifacts]
+                pixels = np.prod(taking.plan.data.shape)
+                assert sizes[1] == work.images * pixels
+                self.samples = await download(stub, task.study, task.open.artifacts[1])
+                measures = rng.uniform(0, 1, 3 + work.bins)
+                measures[0] = np.nan if self.name == "site-4" else -0.25
+                return evaluation_encoding(work, roster.size).encode(measures)
             case MomentsWork():
                 d = work.dimension
                 features = rng.normal(1, 1, (count, d))

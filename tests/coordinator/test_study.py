@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from coordinator import admin
 from diffusion.features.pinned import FEATURE_NETWORKS
@@ -99,7 +100,8 @@ async def test_a_conditional_study_corrects_on_labelled_images_and_publishes_its
         silos = await federation.join_four()
         for silo in silos:
             silo.start()
-        plan = federation.plan(rounds=1, more=FEDDDPM_PLUS.replace("fedddpm_plus", "fedddpm"))
+        more = FEDDDPM_PLUS.replace("fedddpm_plus", "fedddpm") + "at_silos = true\n"
+        plan = federation.plan(rounds=1, more=more)
         text = plan.read_text().replace("window = 1\ntau = 0.9\n", "")
         text = text.replace("[model]", "[model]\nclasses = 3")
         plan.write_text(text.replace("steps = 2", "steps = 2\nguidance = 1.5", 1))
@@ -124,7 +126,23 @@ async def test_a_conditional_study_corrects_on_labelled_images_and_publishes_its
         assert 15 <= united == auxiliary["images"] <= 32
         assert sum(auxiliary["labels"]) == united
         assert federation.result(study, "round 00001 corrected")["training_loss"] > 0
-        assert federation.result(study, "round 00001 evaluation")["fid"] > 0
+        # What the silos measured is summed exactly; one of the four had too few images for it.
+        found = federation.result(study, "round 00001 comparison")
+        assert federation.exact(study, "round 00001 comparison", "evaluation 1") == [
+            silo.name for silo in silos
+        ]
+        assert found["measured"] == 3
+        assert found["kid"] == pytest.approx(-0.25, abs=1e-8)
+        assert 0 < found["coverage"] < 1
+        assert len(found["losses"]) == 10
+        assert {len(silo.samples) for silo in silos} == {16 * 16}
+        (line,) = json.loads((federation.study(study).folder / "report.json").read_text())["rounds"]
+        assert line["fid"] > 0
+        assert line["network_sha256"] == SHA256
+        assert line["kid"] == found["kid"]
+        page = (federation.study(study).folder / "index.html").read_text()
+        assert "KID, mean over silos" in page
+        assert "by timestep, round 1" in page
         pipeline = load_pipeline(federation.study(study).folder / "model")
         assert classes_of(pipeline.unet) == 3
 

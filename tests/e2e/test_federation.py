@@ -101,7 +101,11 @@ def _found(out: Path) -> Federation:
     for name, part in zip(
         federation.names, dirichlet(labelled.labels, 4, alpha=0.3, seed=7), strict=True
     ):
-        federation.found_silo(name, labelled.images[part])
+        federation.found_silo(name, labelled.images[part], labelled.labels[part])
+        site = federation.silo_home(name) / "site.toml"
+        text = site.read_text("utf-8")
+        assert '"round"]' in text
+        site.write_text(text.replace('"round"]', '"round", "evaluation"]'), "utf-8")
     federation.found_coordinator()
     federation.enrol()
     return federation
@@ -190,15 +194,25 @@ def test_the_census_is_the_sum_of_the_coarse_counts(outcome: Outcome) -> None:
 
 
 def test_fid_by_sums_is_the_pooled_fid(outcome: Outcome) -> None:
-    from diffusion.execution import choose_execution
     from diffusion.features.network import load_feature_network
+
+    drawn = _drawn(outcome)
+    network = load_feature_network("digits")
+    pooled = moments(network.extract(digits().images))
+    expected = fid(moments(network.extract(drawn)), pooled)
+    assert outcome.report()["rounds"][3]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def _drawn(outcome: Outcome) -> np.ndarray[Any, Any]:
+    """The samples of the last round that the study evaluated, drawn once more."""
+    from diffusion.execution import choose_execution
+    from diffusion.labels import even_labels
     from diffusion.model import load_pipeline
     from diffusion.sampling import sample
 
     plan = load_plan(PLAN)
-    network = load_feature_network("digits")
     model = load_pipeline(outcome.folder / "model").unet
-    drawn = sample(
+    return sample(
         model,
         64,
         schedule=plan.schedule,
@@ -206,11 +220,58 @@ def test_fid_by_sums_is_the_pooled_fid(outcome: Outcome) -> None:
         sampler=plan.sampler,
         seed=plan.study.seed,
         execution=choose_execution("cpu", 1),
+        labels=even_labels(64, 10),
         first_index=FIRST_MEASURED,
     )
-    pooled = moments(network.extract(digits().images))
-    expected = fid(moments(network.extract(drawn)), pooled)
-    assert outcome.report()["rounds"][3]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_the_silos_measured_is_the_mean_of_their_measures(outcome: Outcome) -> None:
+    from diffusion.evaluation import compare
+    from diffusion.execution import choose_execution
+    from diffusion.features.network import load_feature_network
+    from diffusion.model import load_pipeline
+
+    plan, drawn, labelled = load_plan(PLAN), _drawn(outcome), digits()
+    model = load_pipeline(outcome.folder / "model").unet
+    found = [
+        compare(
+            model,
+            drawn,
+            labelled.images[part],
+            load_feature_network("digits"),
+            schedule=plan.schedule,
+            objective=plan.objective,
+            seed=plan.study.seed,
+            execution=choose_execution("cpu", 1),
+            labels=labelled.labels[part],
+        )
+        for part in dirichlet(labelled.labels, 4, alpha=0.3, seed=7)
+    ]
+    line = outcome.report()["rounds"][3]
+    assert line["measured"] == 4
+    assert line["kid"] == pytest.approx(np.mean([c.kid for c in found]), rel=1e-3)
+    assert line["coverage"] == pytest.approx(np.mean([c.coverage for c in found]), abs=0.01)
+    assert line["copies"] == pytest.approx(np.mean([c.copies for c in found]), abs=0.01)
+    means = np.mean([c.losses for c in found], axis=0)
+    assert line["losses"] == pytest.approx(means, rel=0.02)
+    assert "kid" not in outcome.report()["rounds"][0], "evaluated every second round"
+
+
+def test_the_union_of_a_conditional_study_has_labels(outcome: Outcome) -> None:
+    auxiliary = outcome.report()["auxiliary"]
+    assert len(auxiliary["labels"]) == 10
+    assert sum(auxiliary["labels"]) == auxiliary["images"] > 20
+
+
+def test_a_site_can_read_what_its_audit_found(outcome: Outcome) -> None:
+    from silo.admin import status
+
+    for name in NAMES[:4]:
+        home = outcome.federation.silo_home(name)
+        shown = status(home)["studies"][outcome.study]["audit"]
+        assert "synthetic images dropped as too near a real one" in shown
+        pool = home / "studies" / outcome.study / "pool"
+        assert list(pool.glob("audit-*-leaving.png"))
 
 
 def test_triggers_were_evaluated_on_real_numbers(outcome: Outcome) -> None:

@@ -38,7 +38,7 @@ def summed(**changes: object) -> World:
 # --- what a quantity is
 
 
-@pytest.mark.parametrize("purpose", ["round ", "Round", "round2", "evaluation", "census/2"])
+@pytest.mark.parametrize("purpose", ["round ", "Round", "round2", "evaluation2", "census/2"])
 def test_the_same_thing_under_a_purpose_of_another_name_is_refused(purpose: str) -> None:
     world = summed()
     again = make_context(world.roster, session=2, quantity=Quantity(purpose, 1), model=b"m" * 32)
@@ -52,6 +52,8 @@ def test_the_same_thing_under_a_purpose_of_another_name_is_refused(purpose: str)
         {"reservation": b"r" * 32},
         {"survivors": (1, 2, 3, 4)},
         {"quantity": Quantity("census", 1), "model": b"m" * 32},
+        {"quantity": Quantity("evaluation", 1)},
+        {"quantity": Quantity("evaluation", 1), "model": b"m" * 32, "reservation": b"r" * 32},
         {"quantity": Quantity("tags", 1), "reservation": b"r" * 32},
         {"quantity": Quantity("images", 1)},
         {"quantity": Quantity("images", 1), "survivors": (1, 2, 3)},
@@ -63,6 +65,27 @@ def test_a_purpose_is_bound_to_what_it_is_made_from_and_to_nothing_else(
 ) -> None:
     world = make_world(4)
     assert refused(world, 1, Open(make_context(world.roster, **change))) is Reason.WRONG_BINDING
+
+
+def test_a_model_is_evaluated_once_whatever_the_round_is_called_and_whoever_is_in_the_roster() -> (
+    None
+):
+    evaluation = dict(quantity=Quantity("evaluation", 3), model=b"m" * 32, ring=32)
+    world = summed(**evaluation)
+    again = {**evaluation, "session": 2}
+    assert refused(world, 1, Open(make_context(world.roster, **again))) is Reason.QUANTITY_CLOSED
+    renamed = {**again, "quantity": Quantity("evaluation", 4)}
+    assert refused(world, 1, Open(make_context(world.roster, **renamed))) is Reason.MODEL_REUSED
+    earlier = {**again, "quantity": Quantity("evaluation", 2), "model": b"n" * 32}
+    assert refused(world, 1, Open(make_context(world.roster, **earlier))) is Reason.ROUND_NOT_NEW
+    # Three of the four in a new epoch: the difference of the two sums would be the fourth's.
+    smaller = replace(world.roster, epoch=2, members=world.roster.members[:3])
+    site = world.silos[1]
+    site.party = replace(site.party, roster=smaller)
+    site.restart()
+    context = make_context(smaller, **again)
+    assert refused(world, 1, Open(context)) is Reason.QUANTITY_CLOSED
+    # The next round trains from the model that was evaluated: another purpose, another quantity.
 
 
 def test_images_go_only_where_our_own_tags_are() -> None:

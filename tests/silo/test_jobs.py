@@ -12,24 +12,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.evaluation import compare
+from diffusion.execution import choose_execution
 from diffusion.features.network import load_feature_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import moments
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from silo.errors import DataError, ProposalRefused
+from silo.jobs.evaluation import evaluate_model
 from silo.jobs.local import label_weights, sample_local, train_local
 from silo.jobs.moments import feature_moments
 from silo.jobs.publish import publish_model
 from silo.jobs.round import train_round
 from silo.jobs.training import first_model, model_sha256
-from silo.orders import FeatureMoments, Machine, PublishModel, SampleLocal, TrainLocal, TrainRound
+from silo.orders import (
+    EvaluateModel,
+    FeatureMoments,
+    Machine,
+    PublishModel,
+    SampleLocal,
+    TrainLocal,
+    TrainRound,
+)
 from silo.worker import ProgressFile
 from study.quantity import (
+    EvaluationWork,
     MomentsWork,
     RoundWork,
     decode_work,
     delta_encoding,
     encode_work,
+    evaluation_encoding,
     moments_encoding,
 )
 from study.reservation import split_labels
@@ -322,6 +335,48 @@ def test_moments_are_those_of_the_features_about_the_public_centre(
     other = work.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(ProposalRefused, match="not one that this version ships"):
         feature_moments(replace(order, work=encode_work(other)), progress)
+
+
+def test_an_evaluation_encodes_the_four_measures_of_this_site(
+    order: TrainRound, tmp_path: Path, progress: ProgressFile, images: Path
+) -> None:
+    plan = make_plan("samples = 8", "samples = 8\nat_silos = true", sha256=SHA256)
+    samples = np.random.default_rng(1).integers(0, 256, (8, 1, 8, 8), dtype=np.uint8)
+    samples[0] = np.load(images)[3]
+    samples.tofile(tmp_path / "samples")
+    work = EvaluationWork(samples="ab" * 32, images=8, network="digits", sha256=SHA256, bins=10)
+    asked = EvaluateModel(
+        machine=CPU,
+        plan=plan.toml(),
+        silos=4,
+        work=encode_work(work),
+        model=order.model,
+        samples=tmp_path / "samples",
+        images=images,
+        vector=tmp_path / "vector",
+    )
+    done = evaluate_model(asked, progress)
+    assert not done.fault
+    found = evaluation_encoding(work, 4).decode(np.fromfile(asked.vector, "<u4"), 1)
+    expected = compare(
+        first_model(plan),
+        samples,
+        np.load(images),
+        load_feature_network("digits"),
+        schedule=plan.schedule,
+        objective=plan.objective,
+        seed=plan.study.seed,
+        execution=choose_execution("cpu"),
+    )
+    values = [expected.kid, expected.coverage, expected.copies, *expected.losses]
+    assert found.values == pytest.approx(values, abs=1e-8)
+    assert expected.copies >= 1 / 8
+    assert (found.clipped, found.faults) == (0, 0)
+    np.save(images, np.load(images)[:4])
+    assert evaluate_model(asked, progress).fault, "four images have no fifth neighbour"
+    found = evaluation_encoding(work, 4).decode(np.fromfile(asked.vector, "<u4"), 1)
+    assert found.faults == 1
+    assert not found.values.any()
 
 
 def test_the_final_model_becomes_a_folder_that_diffusers_loads(

@@ -50,6 +50,14 @@ def test_the_first_broken_rule_is_named(policy: Policy, rule: str) -> None:
     assert broken(policy) == rule
 
 
+def test_an_evaluation_at_the_silos_is_for_sites_that_allow_it() -> None:
+    compared = make_plan("samples = 8", "samples = 8\nat_silos = true")
+    assert broken(Policy(), compared) == "purposes"
+    purposes = (*Policy().purposes, "evaluation")
+    assert broken(Policy(purposes=purposes), compared) == ""
+    assert broken(Policy(), PLAN) == "", "FID alone needs no comparison at the silos"
+
+
 def test_a_roster_without_this_site_or_with_another_key_is_declined() -> None:
     others = replace(ROSTER, members=(*ROSTER.members[1:], Member("site-9", bytes(31) + b"\1")))
     assert broken(Policy(), roster=others) == "roster"

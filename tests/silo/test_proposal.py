@@ -7,15 +7,17 @@ from dataclasses import fields, replace
 
 import pytest
 
+from diffusion.features.pinned import FEATURE_NETWORKS
 from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
 from secagg.context import Quantity, SessionContext
 from secagg.messages import Confirm, Signed, Step
 from silo.errors import ProposalRefused
 from silo.model_size import parameter_count
-from silo.proposal import Pinned, check_open
+from silo.proposal import Artifact, Pinned, check_open
 from study.quantity import (
     CensusWork,
+    EvaluationWork,
     ImagesWork,
     MomentsWork,
     RoundWork,
@@ -28,7 +30,7 @@ from tests.silo.studies import make_plan, make_roster
 
 PLAN = make_plan()
 ROSTER, KEYS = make_roster(PLAN)
-PURPOSES = ("census", "moments", "tags", "images", "round")
+PURPOSES = ("census", "moments", "tags", "images", "round", "evaluation")
 MODEL = hashlib.sha256(b"model").digest()
 PREVIOUS = hashlib.sha256(b"previous").digest()
 SUM = hashlib.sha256(b"sum of tags")
@@ -36,7 +38,13 @@ CLIP = PLAN.first_clip
 ROUND = RoundWork(total_count=400, sizes=(parameter_count(PLAN.model),), clips=(CLIP,))
 TAGS = TagsWork(total_count=400, images=24, slots=192)
 IMAGES = ImagesWork(tags=SUM.hexdigest(), occupied=20, record_size=65)
-MOMENTS = MomentsWork(total_count=400, network="digits", sha256="ab" * 32, dimension=64, bound=4.0)
+NETWORK = {"network": "digits", "sha256": FEATURE_NETWORKS["digits"].sha256}
+MOMENTS = MomentsWork(total_count=400, **NETWORK, dimension=64, bound=4.0)
+
+
+COMPARED = make_plan("samples = 8", "samples = 8\nat_silos = true\nevery = 2")
+SAMPLES = hashlib.sha256(b"samples")
+EVALUATION = EvaluationWork(samples=SAMPLES.hexdigest(), images=8, **NETWORK, bins=10)
 
 
 def certificate() -> Certificate:
@@ -68,7 +76,7 @@ def proposed(work: Work, context: SessionContext) -> pb.Open:
     return pb.Open(context=context.encode(), work=encode_work(work), artifacts=artifacts)
 
 
-@pytest.mark.parametrize("work", [CensusWork(), MOMENTS, TAGS, IMAGES, ROUND], ids=PURPOSES)
+@pytest.mark.parametrize("work", [CensusWork(), MOMENTS, TAGS, IMAGES, ROUND], ids=PURPOSES[:5])
 def test_what_was_agreed_is_taken_part_in(work: Work) -> None:
     context = context_of(work)
     proposal = check_open(5, proposed(work, context), PINNED)
@@ -149,3 +157,61 @@ def test_what_the_policy_withholds_and_what_cannot_be_parsed_is_refused() -> Non
     message.artifacts.append(bytes(32))
     with pytest.raises(ProposalRefused, match="2 artifacts"):
         check_open(5, message, PINNED)
+
+
+def asked_to_evaluate(round: int = 2, **changes: object) -> tuple[SessionContext, pb.Open]:
+    work = EVALUATION.model_copy(update=changes)
+    context = session_context(
+        ROSTER,
+        COMPARED.digest(),
+        16,
+        work,
+        session=5,
+        round=round,
+        model=MODEL,
+        previous=PREVIOUS,
+    )
+    artifacts = [MODEL, SAMPLES.digest()]
+    return context, pb.Open(context=context.encode(), work=encode_work(work), artifacts=artifacts)
+
+
+def test_an_evaluation_names_model_and_samples_and_how_long_they_are() -> None:
+    pinned = replace(PINNED, plan=COMPARED)
+    context, message = asked_to_evaluate()
+    proposal = check_open(5, message, pinned)
+    size = 4 * parameter_count(COMPARED.model)
+    assert proposal.context == context
+    assert proposal.artifacts == (Artifact(MODEL, size), Artifact(SAMPLES.digest(), 8 * 64))
+    message.artifacts[0] = bytes(32)
+    with pytest.raises(ProposalRefused, match="model is"):
+        check_open(5, message, pinned)
+    message.artifacts[1] = bytes(32)
+    with pytest.raises(ProposalRefused, match="the samples are not those of the work"):
+        check_open(5, message, pinned)
+    del message.artifacts[1]
+    with pytest.raises(ProposalRefused, match="1 artifacts, not the model and its samples"):
+        check_open(5, message, pinned)
+
+
+@pytest.mark.parametrize(
+    ("round", "changes", "said"),
+    [
+        (1, {}, "evaluation 1: the plan has none of this round"),
+        (4, {}, "evaluation 4: the plan has"),
+        (2, {"images": 9}, "number of samples are not the plan's"),
+        (2, {"sha256": "cd" * 32}, "network or number"),
+        (2, {"bins": 100}, "100 bins are not what the plan says"),
+    ],
+)
+def test_an_evaluation_beyond_the_plan_is_refused(
+    round: int, changes: dict[str, object], said: str
+) -> None:
+    _, message = asked_to_evaluate(round, **changes)
+    with pytest.raises(ProposalRefused, match=said):
+        check_open(5, message, replace(PINNED, plan=COMPARED))
+    _, ordinary = asked_to_evaluate()
+    with pytest.raises(ProposalRefused, match="the plan has none of this round at the silos"):
+        check_open(5, ordinary, PINNED)
+    forbidden = replace(PINNED, plan=COMPARED, purposes=("census", "round"))
+    with pytest.raises(ProposalRefused, match="evaluation: the site policy"):
+        check_open(5, ordinary, forbidden)

@@ -96,8 +96,8 @@ class Place:
 
     async def prepare(self, context: SessionContext, work: Work) -> bytes:
         artifact = self.study.path / "artifact"
-        proposal = Proposal(context, work, None)
-        vector = await self.quantities().prepare(proposal, ROSTER, artifact, lambda _: None)
+        proposal = Proposal(context, work)
+        vector = await self.quantities().prepare(proposal, ROSTER, [artifact], lambda _: None)
         return vector.read_bytes()
 
 
