@@ -21,7 +21,7 @@ from secagg.ledger import SessionRecord
 from secagg.roster import Roster
 from silo.auxiliary import Auxiliary, derived_seed
 from silo.config import SiloConfig, data_path
-from silo.data.cache import Cached, check_classes, open_cache
+from silo.data.cache import Cached, labels_of_study, open_cache
 from silo.errors import DataError
 from silo.files import move, read_json, write_file, write_json
 from silo.home import SiloHome, StudyHome
@@ -239,8 +239,9 @@ class Quantities:
         return cached
 
     def _check_labels(self, cached: Cached) -> None:
-        if self._plan.model.classes is not None:
-            check_classes(self._plan.model.classes, cached.labels())
+        plan = self._plan
+        if plan.model.classes is not None:
+            labels_of_study(cached.folder, plan.model.classes, plan.data.class_names)
 
     async def _run(self, order: Order[R]) -> R:
         progress = self._study.work / "progress"

@@ -30,6 +30,7 @@ from study.problems import PlanError, explain
 from study.reservation import LABEL_BYTES
 from study.strategies import AnyStrategy, FedAvg
 
+ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Seconds = Annotated[float, Field(gt=0.0, le=30 * 86_400)]
 
 
@@ -116,6 +117,10 @@ class Data(Spec):
 
     channels: Annotated[int, Field(ge=1, le=16)] = 1
     """1 = greyscale, 3 = RGB."""
+
+    class_names: tuple[ClassName, ...] | None = None
+    """Names of the classes of a conditional model, in the order of their labels; needed where sites
+    name classes (folders, CIFAR), since each numbers only those that it has."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -325,6 +330,12 @@ class Plan(Spec):
             self.sampler.check_against(self.schedule)
         except ValueError as error:
             raise ValueError(f"sampler.{error}") from error
+        names = self.data.class_names
+        if names is not None and (len(set(names)), len(names)) != (self.model.classes,) * 2:
+            raise ValueError(
+                f"data.class_names has {len(names)} names, {len(set(names))} of them different, "
+                f"but model.classes = {self.model.classes}: write each class once, or leave it out"
+            )
         if self.model.classes is None and self.sampler.guidance != 1.0:
             raise ValueError(
                 f"sampler.guidance = {self.sampler.guidance} needs a model with classes: leave it "

@@ -75,18 +75,38 @@ def cached_labels(folder: Path) -> Labels | None:
     return labels
 
 
-def check_classes(classes: int, labels: Labels | None) -> None:
-    """Raises DataError unless there is a label 0 … classes − 1 for every image."""
+def labels_of_study(folder: Path, classes: int, wanted: tuple[str, ...] | None) -> Labels:
+    """The labels of the images cached in `folder`, as the study numbers its classes: int64 (n,).
+
+    `wanted` are the study's names of the `classes` classes, None where it has none. A site numbers
+    the classes that it has, so names go by the study's list; numbers go as they are. Raises
+    DataError where an image has no label, or one that the study does not know.
+    """
+    labels, cached = cached_labels(folder), open_cache(folder)
+    names = cached.classes if cached else ()
     if labels is None:
         raise DataError(
             f"the study's model has {classes} classes, but not every image here has a label: put "
             "the images into one folder per class, or use a format that holds labels"
+        )
+    if wanted is not None and names:
+        if unknown := [name for name in names if name not in wanted]:
+            raise DataError(
+                f"the study does not know the classes {', '.join(unknown)} of the images, only "
+                f"{', '.join(wanted)}: rename them, or ask for a study that has them"
+            )
+        return np.array([wanted.index(name) for name in names], dtype=np.int64)[labels]
+    if any(name != str(number) for number, name in enumerate(names)):
+        raise DataError(
+            f"the images here have classes with names ({', '.join(names)}), and the study says not "
+            "which numbers they have: its plan needs class_names in [data]"
         )
     if len(labels) and int(labels.max()) >= classes:
         raise DataError(
             f"the study's model has {classes} classes, 0 to {classes - 1}, but labels here go up "
             f"to {int(labels.max())}: correct the labels, or ask for a study of more classes"
         )
+    return labels
 
 
 def cache_dataset(

@@ -13,7 +13,7 @@ from torch import nn
 from diffusion.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise, to_vector
-from silo.data.cache import Labels, cached_labels, check_classes
+from silo.data.cache import Labels, labels_of_study
 from silo.errors import Paused
 from silo.jobs.together import leads, own_device
 from silo.orders import Machine
@@ -46,13 +46,11 @@ def read_images(path: Path) -> Images:
 def read_labels(plan: Plan, images: Path) -> Labels | None:
     """The labels beside the images: int64 (n,), None for an unconditional model.
 
-    Raises DataError where a conditional one has images without labels, or with too many classes.
+    Raises DataError where a conditional one has images without labels that the plan knows.
     """
     if plan.model.classes is None:
         return None
-    labels = cached_labels(images.parent)
-    check_classes(plan.model.classes, labels)
-    return labels
+    return labels_of_study(images.parent, plan.model.classes, plan.data.class_names)
 
 
 def execution_of(machine: Machine) -> Execution:

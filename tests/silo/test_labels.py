@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from silo.data.cache import Cached, cache_dataset, cached_labels, open_cache
+from silo.data.cache import (
+    Cached,
+    cache_dataset,
+    cached_labels,
+    labels_of_study,
+    open_cache,
+)
 from silo.data.dataset import open_dataset
 from silo.errors import DataError
 
@@ -128,6 +134,24 @@ def test_one_level_of_folders_are_classes_in_the_order_of_their_names(tmp_path: 
     assert labels_of(found) == [0, 1, 2]
     Image.fromarray(pixels(1, 8, 8)[0]).save(data / "loose.png")
     assert labels_of(cached(data, tmp_path / "cache")) is None, "one image has no class"
+
+
+def test_named_classes_go_by_the_studys_list_and_never_by_a_sites_own_numbers(
+    tmp_path: Path,
+) -> None:
+    """Two sites with different folders number them differently: normal is 1 here and 2 there."""
+    wanted = ("benign", "malignant", "normal")
+    for site, names in (("a", ("benign", "normal")), ("b", ("benign", "malignant", "normal"))):
+        for name in names:
+            (tmp_path / site / name).mkdir(parents=True)
+            Image.fromarray(pixels(1, 8, 8)[0]).save(tmp_path / site / name / "1.png")
+    folders = [cached(tmp_path / site, tmp_path / "cache").folder for site in ("a", "b")]
+    assert labels_of_study(folders[0], 3, wanted).tolist() == [0, 2]
+    assert labels_of_study(folders[1], 3, wanted).tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="plan needs class_names"):
+        labels_of_study(folders[0], 3, None)
+    with pytest.raises(DataError, match="does not know the classes normal of the images"):
+        labels_of_study(folders[0], 2, ("benign", "malignant"))
 
 
 def test_a_cache_of_an_older_layout_is_made_anew_under_the_same_name(tmp_path: Path) -> None:

@@ -241,6 +241,13 @@ def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
     assert conditional.digest() != plain.digest()
     assert conditional.record_size == plain.record_size + 2 == 1 + 2 + 64
     assert load_plan(conditional.toml()) == conditional
+    named = conditional.toml().replace("[data]", '[data]\nclass_names = ["a", "b"]')
+    with pytest.raises(PlanError, match=r"class_names has 2 names, 2 of them different, but mod"):
+        load_plan(named)
+    two = load_plan(named.replace("classes = 10", "classes = 2"))
+    assert load_plan(two.toml()).data.class_names == ("a", "b")
+    with pytest.raises(PlanError, match="1 of them different"):
+        load_plan(named.replace("classes = 10", "classes = 2").replace('"b"', '"a"'))
 
 
 @pytest.mark.parametrize(
