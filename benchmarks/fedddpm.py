@@ -39,8 +39,8 @@ Json = dict[str, Any]
 Runs = dict[str, list[Json]]
 
 
-def run(name: str, work: Path) -> None:
-    """Run what is missing of the study, one JSON per run."""
+def run(name: str, work: Path, limit: int | None = None) -> int:
+    """Run what is missing of the study (at most `limit` runs), one JSON each; how many were."""
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     sweep = load_sweep(HERE / "studies" / f"{name}.toml")
@@ -49,7 +49,10 @@ def run(name: str, work: Path) -> None:
         if event["event"] == "evaluation":
             print(f"{point.label:28} round {event['round']:3} FID {event['fid']:.4f}", flush=True)
 
+    done = 0
     for point in sweep.points():
+        if done == limit:
+            break
         path = folder / f"{point.label}.json"
         if path.exists() and json.loads(path.read_text("utf-8"))["identity"] == identity_of(point):
             continue
@@ -63,6 +66,8 @@ def run(name: str, work: Path) -> None:
                 "events": [json.loads(line) for line in lines],
             }
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        done += 1
+    return done
 
 
 def report(name: str) -> None:
@@ -239,11 +244,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=names)
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--limit", type=int, help="stop after so many runs")
     parser.add_argument("--work", type=Path, default=Path("build/fedddpm"), help="kept results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if not arguments.report:
-        run(arguments.study, arguments.work)
+        run(arguments.study, arguments.work, arguments.limit)
     report(arguments.study)
 
 

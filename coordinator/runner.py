@@ -303,7 +303,7 @@ class Runner:
             self._labels(auxiliary, "training"),
             correction.steps,
             correction.learning_rate,
-            correction.average,
+            correction.averages(last=number == self._plan.rounds.count),
             number,
             out,
         )

@@ -183,8 +183,9 @@ class _SiloTask:
     weights: Vector | None = None
 
 
-def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> Images:
-    """The images of all silos, in the order of their random slots: uint8 (n, c, h, w)."""
+def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> Arrays:
+    """{images}: those of all silos, in the order of their random slots, uint8 (n, c, h, w); and
+    {tag_bytes, image_bytes}: how long the vector of each of the two sums was."""
     plan, federation = task.point.plan, task.federation
     if plan.auxiliary is None or plan.warm_up is None:
         raise ValueError("the plan has no [auxiliary] and [warm_up]")
@@ -211,9 +212,9 @@ def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> 
         ]
         models = memo.get(local, lambda: {"weights": np.stack(pool.map(_warm_up, tasks))})
         tasks = [replace(t, weights=w) for t, w in zip(tasks, models["weights"], strict=True)]
-        return {"union": unite(pool.map(_draw, tasks), task, secure)}
+        return unite(pool.map(_draw, tasks), task, secure)
 
-    return memo.get(inputs, compute)["union"]
+    return memo.get(inputs, compute)
 
 
 def _warm_up(task: _SiloTask) -> Vector:
@@ -240,7 +241,7 @@ def _draw(task: _SiloTask) -> Images:
     return np.concatenate(kept)[: task.wanted]
 
 
-def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) -> Images:
+def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) -> Arrays:
     """The union by two sums, over each silo's samples."""
     plan, secrets = task.point.plan, task.federation.secrets
     if plan.auxiliary is None:
@@ -256,15 +257,19 @@ def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) 
     else:
         work = TagsWork(total_count=1, images=plan.auxiliary.images, slots=slots)
         total = secure.sum(work, 1, tags)
+    sent = {"tag_bytes": np.array(total.nbytes)}
     records = {i: images_vector(samples[i - 1], own, total) for i, own in drawn.items()}
     if secure is None:
-        return collect(_plain_sum(list(records.values())), plan.data.shape)
+        summed = _plain_sum(list(records.values()))
+        sent["image_bytes"] = np.array(summed.nbytes)
+        return {"images": collect(summed, plan.data.shape), **sent}
     name = hashlib.sha256(total.tobytes()).digest()
     occupied, size = len(renumber(total)), 1 + samples[0][0].size
     images_work = ImagesWork(tags=name.hex(), occupied=occupied, record_size=size)
     survivors = tuple(sorted(records))
     summed = secure.sum(images_work, 1, records, reservation=name, survivors=survivors)
-    return collect(summed, plan.data.shape)
+    sent["image_bytes"] = np.array(summed.nbytes)
+    return {"images": collect(summed, plan.data.shape), **sent}
 
 
 def _plain_sum(vectors: Sequence[Words]) -> Words:

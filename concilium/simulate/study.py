@@ -69,10 +69,12 @@ class Study:
         """The study from its start to its model."""
         auxiliary = None
         if self._plan.strategy.correction or self._point.training == "auxiliary":
-            auxiliary = self._auxiliary()
+            union = self._auxiliary()
+            auxiliary = union["images"]
             yield {
                 "event": "auxiliary",
                 "images": len(auxiliary),
+                **{name: int(union[name]) for name in ("tag_bytes", "image_bytes")},
                 **self._ruler.of_images(auxiliary).line(),
             }
         if self._point.training == "federated":
@@ -291,12 +293,13 @@ class Study:
         plan, correction = self._plan, self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
+        average = correction.averages(last=number == plan.rounds.count)
         inputs = {
             **self._common,
             "what": "correction",
             "given": digest_array(model, training),
             "optimizer": plan.optimizer.model_dump(mode="json"),
-            "correction": [correction.steps, correction.learning_rate, correction.average],
+            "correction": [correction.steps, correction.learning_rate, average],
             "seed": plan.study.seed + number,
         }
 
@@ -314,14 +317,14 @@ class Study:
                 seed=plan.study.seed + number,
                 execution=self._execution,
             )
-            corrected = result.ema if correction.average else to_vector(network)
+            corrected = result.ema if average else to_vector(network)
             return {"model": corrected, "loss": np.array(result.loss_sum / result.steps)}
 
         return self._memo.get(inputs, compute)
 
     # --- the auxiliary set, and the ends of the scale
 
-    def _auxiliary(self) -> Images:
+    def _auxiliary(self) -> Arrays:
         """The anonymous union of samples of the silos' local models."""
         task = UnionTask(self._point, self._federation, self._common)
         return union(task, self._memo, self._pool, self._secure)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -71,8 +71,6 @@ class SecureSum:
 
     plan: Plan
     names: Sequence[str]
-    bytes_up: dict[str, int] = field(default_factory=dict)
-    """Masked bytes that one silo sent, by purpose."""
 
     def __post_init__(self) -> None:
         keys = [Ed25519PrivateKey.generate() for _ in self.names]
@@ -122,7 +120,6 @@ class SecureSum:
                 party.deliver(request)
                 self._previous = request.certificate.digest
             self._parties[index] = party.state
-        self.bytes_up[work.purpose] = total.nbytes
         return total
 
 

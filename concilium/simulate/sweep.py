@@ -140,12 +140,12 @@ def run_point(
 
 
 def identity_of(point: Point) -> str:
-    """Of everything that a point's numbers depend on."""
+    """Of everything that was written to say what the point is."""
     return digest_of(
         {
             "training": point.training,
-            "plan": point.plan.toml(),
-            "simulation": point.simulation.model_dump(mode="json"),
+            "plan": point.plan.model_dump(mode="json", exclude_defaults=True),
+            "simulation": point.simulation.model_dump(mode="json", exclude_defaults=True),
             "seed": point.seed,
         }
     )

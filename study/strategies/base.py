@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from diffusion.spec import Spec
 Vector: TypeAlias = NDArray[np.float32]
 State: TypeAlias = Mapping[str, Vector | int]
 """What a strategy remembers between rounds: arrays and integers, so that any store can keep it."""
+
+
+Averages: TypeAlias = Literal["never", "last", "always"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class Correction:
     learning_rate: float
     held_out: float
     """Share of the auxiliary images that correction never sees: the trigger watches these."""
-    average: bool = True
-    """Whether the corrected model is the moving average of the weights during the correction."""
+    average: Averages = "last"
+    """In which rounds the corrected model is the moving average of the correction's weights."""
+
+    def averages(self, last: bool) -> bool:
+        """Whether that is so in a round that is the last one, or is not."""
+        return self.average == "always" or (last and self.average == "last")
 
 
 @dataclass(frozen=True)

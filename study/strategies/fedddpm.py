@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from study.strategies.base import Correction, Decision, RoundRecord, Strategy
+from study.strategies.base import Averages, Correction, Decision, RoundRecord, Strategy
 
 
 class Corrected(Strategy):
@@ -27,8 +27,9 @@ class Corrected(Strategy):
     correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
     """AdamW's step size in a correction."""
 
-    correction_average: bool = True
-    """Whether a correction ends in the moving average of its weights instead of the last ones."""
+    correction_average: Averages = "last"
+    """In which rounds a correction ends in the moving average of its weights. The average samples
+    better but lags some ten steps behind, which the rounds that follow would have to make up."""
 
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the auxiliary images that correction never sees: the loss is watched on these."""

@@ -186,6 +186,16 @@ def test_the_secure_sum_gives_the_same_model_within_its_rounding(name: str, tmp_
     assert secure[-1]["fid"] == pytest.approx(plain[-1]["fid"], rel=0.05)
 
 
+def test_the_union_costs_what_the_page_says(tmp_path: Path) -> None:
+    path = study(tmp_path, {"plus": f"{PLUS}\nsecure_sum = true"})
+    union = events(path, tmp_path / "memo")[0]
+    wanted, slots, pixels = 60, 8, 64
+    assert union["tag_bytes"] == 4 * wanted * slots
+    occupied = wanted * slots * (1 - np.exp(-1 / slots))
+    assert union["image_bytes"] == pytest.approx((1 + pixels) * occupied, rel=0.15)
+    assert union["image_bytes"] % (1 + pixels) == 0
+
+
 def test_a_silo_that_rests_changes_nothing_and_the_others_count_for_it(tmp_path: Path) -> None:
     more = "plan.rounds = {participation = 0.5}"
     path = study(tmp_path, {"some": more})

@@ -55,6 +55,7 @@ steps = 5
 
 [secure_sum]
 ring = 32
+colluders = 0                         # with one, all three would have to work in every round
 
 [rounds]
 count = 2

@@ -258,3 +258,26 @@ def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
 def test_a_text_made_to_exhaust_the_parser_is_a_plan_error(text: str) -> None:
     with pytest.raises(PlanError):
         load_plan(text)
+
+
+def test_the_same_number_of_silos_works_in_every_round_and_each_as_often_as_any_other():
+    plan = load_plan(changed("count = 7", "count = 7\nparticipation = 0.7"))
+    rounds = [plan.working(number, 10) for number in range(1, 2001)]
+    assert {len(working) for working in rounds} == {7}
+    times = np.bincount([index for working in rounds for index in working], minlength=11)[1:]
+    assert abs(times - 1400).max() < 5 * (2000 * 0.7 * 0.3) ** 0.5
+    assert load_plan(EXAMPLE).working(3, 10) == frozenset(range(1, 11))
+
+
+def test_a_sum_always_keeps_two_honest_silos_that_worked():
+    plan = load_plan(changed("count = 7", "count = 7\nparticipation = 0.5"))
+    with pytest.raises(PlanError, match="lets 5 silos work.*it takes 8"):
+        plan.validate_roster(10)
+    more = changed("count = 7", "count = 7\nparticipation = 0.8")
+    assert load_plan(more).validate_roster(10) == (7, 3)
+
+
+def test_the_control_variate_has_the_longest_gradient_as_its_first_clip():
+    scaffold = EXAMPLE.partition("[strategy]")[0] + '[strategy]\nkind = "scaffold"\n'
+    plan = load_plan(scaffold)
+    assert plan.first_clips(2) == (plan.first_clip, plan.first_clip, 1.0, 1.0)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from study.reservation import (
+    Reservation,
     collect,
     images_vector,
     renumber,
@@ -87,6 +88,29 @@ def test_the_first_sum_depends_on_the_number_of_images_alone_and_not_on_their_sp
 
     even, uneven = dealt([10] * 5), dealt([46, 1, 1, 1, 1])
     np.testing.assert_array_equal(even, uneven)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 2**32))
+def test_both_sums_are_functions_of_the_draws_alone_whoever_makes_them(owners, seed):
+    """Any assignment of the same (slot, tag, image) to silos gives the same two sums, and the draws
+    are independent and equally distributed at every silo: so the coordinator's view has the same
+    distribution whatever silo contributed what."""
+    rng = np.random.default_rng(seed)
+    everything = reserve(len(owners), 90, rng.bytes)
+    images = rng.integers(0, 256, (len(owners), *SHAPE), dtype=np.uint8)
+
+    def view(owner):
+        parts = [np.flatnonzero(owner == silo) for silo in range(6)]
+        draws = [Reservation(everything.slots[p], everything.tags[p], 90) for p in parts]
+        first = add([draw.vector() for draw in draws])
+        own = [images_vector(images[p], d, first) for p, d in zip(parts, draws, strict=True)]
+        return first, add(own)
+
+    given, shuffled, alone = np.array(owners), rng.permutation(owners), np.zeros(len(owners))
+    for other in (shuffled, alone):
+        for one, two in zip(view(given), view(other), strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def test_positions_do_not_tell_the_order_of_a_silos_own_list():

@@ -13,9 +13,10 @@ from study.strategies import (
     FedProx,
     FedYogi,
     RoundRecord,
+    Scaffold,
 )
 
-ALL = [FedAvg(), FedProx(mu=0.1), FedAdam(), FedYogi(), FedDDPM(), FedDDPMPlus()]
+ALL = [FedAvg(), FedProx(mu=0.1), Scaffold(), FedAdam(), FedYogi(), FedDDPM(), FedDDPMPlus()]
 
 
 def f32(*values: float):
@@ -28,14 +29,15 @@ def history(*losses: float | None, corrected: tuple[int, ...] = ()):
 
 @pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.kind)
 def test_aggregation_keeps_dtype_shape_and_its_arguments(strategy):
-    theta, delta = f32(1, 2, 3), f32(0.5, 0, -0.5)
+    theta, delta = f32(1, 2, 3), np.tile(f32(0.5, 0, -0.5), strategy.parts)
     state = strategy.initial_state(3)
     before = {k: np.copy(v) for k, v in state.items()}
     _, new = strategy.aggregate(state, theta, delta, 1)
     assert new.dtype == np.float32
     assert new.shape == (3,)
+    assert strategy.round_input(state, theta).shape == (3 * strategy.parts,)
     np.testing.assert_array_equal(theta, f32(1, 2, 3))
-    np.testing.assert_array_equal(delta, f32(0.5, 0, -0.5))
+    np.testing.assert_array_equal(delta, np.tile(f32(0.5, 0, -0.5), strategy.parts))
     for key, value in before.items():
         np.testing.assert_array_equal(state[key], value)
 
@@ -142,3 +144,53 @@ def test_a_window_never_spans_a_correction():
 def test_a_loss_that_is_no_number_never_triggers(loss):
     decision = PLUS.decide(history(1.0, 1.0, loss))
     assert not decision.correct
+
+
+def test_scaffold_keeps_c_the_mean_of_all_c_i_and_sends_it_behind_the_model():
+    strategy = Scaffold(server_learning_rate=0.5)
+    rng = np.random.default_rng(1)
+    weights, own = np.array([0.5, 0.3, 0.2]), np.zeros((3, 4))
+    state, theta = strategy.initial_state(4), np.zeros(4, np.float32)
+    assert strategy.local_rules().control
+    for round_ in range(1, 6):
+        deltas, new = rng.standard_normal((3, 4)), rng.standard_normal((3, 4))
+        sent = np.concatenate([deltas, new - own], axis=1)
+        state, after = strategy.aggregate(state, theta, f32(*(weights @ sent)), round_)
+        np.testing.assert_allclose(after - theta, 0.5 * weights @ deltas, rtol=1e-5, atol=1e-6)
+        theta, own = after, new
+        np.testing.assert_allclose(state["c"], weights @ own, rtol=1e-4, atol=1e-5)
+        given = strategy.round_input(state, theta)
+        np.testing.assert_array_equal(given, np.concatenate([theta, np.asarray(state["c"])]))
+
+
+def test_option_ii_is_the_mean_gradient_where_steps_are_those_of_sgd():
+    rng = np.random.default_rng(2)
+    eta, steps, c, c_i = 0.1, 7, rng.standard_normal(3), rng.standard_normal(3)
+    theta, gradients = rng.standard_normal(3), rng.standard_normal((steps, 3))
+    y = theta - eta * (gradients + c - c_i).sum(axis=0)
+    np.testing.assert_allclose(c_i - c + (theta - y) / (steps * eta), gradients.mean(axis=0))
+
+
+def test_the_last_round_is_corrected_in_any_case_unless_the_plan_says_otherwise():
+    fast = history(1.0, 0.5, 0.2)
+    assert PLUS.decide(fast, last=True).correct
+    assert not PLUS.decide(fast, last=False).correct
+    assert not FedDDPMPlus(window=2, tau=0.05, correct_last=False).decide(fast, last=True).correct
+
+
+def test_the_silos_loss_is_watched_where_the_plan_says_so():
+    records = [RoundRecord(r, 1.0, silo_loss=loss) for r, loss in enumerate((1.0, 0.9, 0.5), 1)]
+    assert PLUS.decide(records).correct, "the auxiliary loss stands still"
+    decision = FedDDPMPlus(window=2, tau=0.05, signal="silos").decide(records)
+    assert not decision.correct
+    assert decision.numbers["improvement"] == pytest.approx(0.5)
+    assert "the silos' loss" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("average", "middle", "end"),
+    [("never", False, False), ("last", False, True), ("always", True, True)],
+)
+def test_a_correction_is_averaged_in_the_rounds_that_the_plan_says(average, middle, end):
+    correction = FedDDPM(correction_average=average).correction
+    assert (correction.averages(last=False), correction.averages(last=True)) == (middle, end)
