@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -34,6 +35,8 @@ class CoordinationService(CoordinationServicer):
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Context) -> pb.Task:
         async with self._door.silo(context, request) as caller:
+            # For `concilium silo doctor`, which compares clocks.
+            await context.send_initial_metadata((("concilium-time", f"{time.time():.3f}"),))
             if request.wait_seconds > _MAX_WAIT:
                 raise BadRequest(f"NextTaskRequest.wait_seconds is at most {_MAX_WAIT}")
             task = await self._next_task(caller, request)

@@ -16,7 +16,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -65,9 +65,19 @@ class Way:
     """URL of an HTTP proxy, with its password; "" = as https_proxy and no_proxy say."""
 
     def channel(self) -> grpc.aio.Channel:
-        credentials = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
-        proxy = [("grpc.http_proxy", self.proxy)] if self.proxy else []
-        return grpc.aio.secure_channel(self.address, credentials, options=[*_OPTIONS, *proxy])
+        return grpc.aio.secure_channel(self.address, self._credentials, options=self._options)
+
+    def blocking_channel(self) -> grpc.Channel:
+        """For a program without an event loop."""
+        return grpc.secure_channel(self.address, self._credentials, options=self._options)
+
+    @property
+    def _credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+    @property
+    def _options(self) -> list[tuple[str, Any]]:
+        return [*_OPTIONS, *([("grpc.http_proxy", self.proxy)] if self.proxy else [])]
 
 
 class Client:

@@ -194,3 +194,23 @@ class PublishModel(Order[Path]):
     plan: str
     model: Path
     folder: Path
+
+
+@dataclass(frozen=True)
+class MeasureTraining(Order["Measured"]):
+    """Name the device, and take a few training steps of a plan, if there is one, on noise."""
+
+    machine: Machine
+    plan: str | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found."""
+
+    device: str | None
+    trouble: str
+    """Why there is no device."""
+    seconds_per_step: float
+    peak_mib: int
+    """Most memory of the process."""

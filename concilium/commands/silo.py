@@ -16,11 +16,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from concilium.show import age
 from silo import admin, agent
+from silo import doctor as doctor_
 from silo.config import Format
 from silo.errors import SiloError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_MARKS = {"ok": "✓ ", "warning": "! ", "problem": "✗ "}
 _LINES = 20  # of a table: more are added up
 
 _home = click.option(
@@ -93,6 +95,39 @@ def check(image_size: int | None, channels: int | None, home: Path) -> None:
             home, image_size, channels, lambda count: shown.update(task, completed=count)
         )
     click.echo("\n".join(_checked(found)))
+
+
+@command.command()
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Estimate what this plan would cost.",
+)
+@click.option("--study", default="", help="The same for the plan of a study offered here.")
+@click.option("--silos", type=click.IntRange(3, 255), help="How many take part in --plan.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_home
+@_plainly
+def doctor(
+    plan_file: Path | None, study: str, silos: int | None, as_json: bool, home: Path
+) -> None:
+    """Look for what would stop this site: the way, certificates, clock, disk, memory, device, data.
+
+    Ends with 1 where there is a problem. With a plan it also measures a few training steps here and
+    tells hours, bytes and room.
+    """
+    found = []
+    for finding in doctor_.examine(home, plan_file=plan_file, study=study, silos=silos):
+        found.append(finding)
+        if not as_json:
+            click.echo(f"{_MARKS[finding.level]} {finding.check:<12} {finding.text}")
+            if finding.mend:
+                click.echo(f"{'':15}mend: {finding.mend}")
+    if as_json:
+        click.echo(json.dumps([vars(finding) for finding in found], indent=2, ensure_ascii=False))
+    if any(finding.level == "problem" for finding in found):
+        raise SystemExit(1)
 
 
 @command.command()

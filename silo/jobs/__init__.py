@@ -9,6 +9,7 @@ from silo.orders import (
     CacheImages,
     EvaluateModel,
     FeatureMoments,
+    MeasureTraining,
     Order,
     PublishModel,
     SampleLocal,
@@ -62,6 +63,10 @@ def execute(order: Order[R], progress: ProgressFile) -> R:
             from silo.jobs.publish import publish_model
 
             answer = publish_model(order)
+        case MeasureTraining():
+            from silo.jobs.measure import measure_training
+
+            answer = measure_training(order, progress)
         case _:
             raise TypeError(f"no job for {type(order).__name__}")
     result: R = answer
