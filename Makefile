@@ -19,7 +19,7 @@ PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --q
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
-.PHONY: help demo test test-slow coverage soak fuzz bench-step bench-kernels gpu-session check lint format types contracts stubs stubs-check clean FORCE
+.PHONY: help demo test test-slow failpoints coverage soak fuzz bench-step bench-kernels gpu-session check lint format types contracts stubs stubs-check clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,6 +42,10 @@ endif
 
 test-slow: $(VENV)/.test ## the long proofs that `make test` leaves out
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+failpoints: $(VENV)/.test ## kill the coordinator, then a silo, at every step that is persisted (20 minutes)
+	@$(BIN)/python -m tests.coordinator.walk --out benchmarks/results/failpoints-coordinator.json $(ARGS)
+	@$(BIN)/python -m tests.silo.walk --out benchmarks/results/failpoints-silo.json $(ARGS)
 
 coverage: $(VENV)/.test ## the secure sum's tests; every branch of secagg/ has to be taken
 	@$(BIN)/python -m pytest tests/secagg --cov=secagg --cov-branch --cov-config=/dev/null \

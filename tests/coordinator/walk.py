@@ -28,7 +28,7 @@ from coordinator import admin
 from diffusion.features.network import FEATURE_NETWORKS
 from tests.coordinator.served import Served
 
-MORE = """
+MORE = f"""
 [warm_up]
 steps = 1
 
@@ -44,12 +44,12 @@ correction_steps = 2
 
 [evaluation]
 feature_network = "digits"
-sha256 = "{sha256}"
+sha256 = "{FEATURE_NETWORKS["digits"].sha256}"
 feature_bound = 64.0
 samples = 16
 every = 2
 """
-LIMIT_SECONDS, SECONDS_EACH = 240.0, 20.0
+LIMIT_SECONDS, SECONDS_EACH = 900.0, 60.0
 ENDED = ("finished", "stopped", "failed")
 LAST = r" record#| sign_of_life#|^uploads discarded"
 Json = dict[str, Any]
@@ -67,14 +67,19 @@ class Run:
     """Points that were not reached."""
 
 
-async def study(folder: Path, points: Sequence[str], record: Path | None, rounds: int) -> Run:
+async def study(
+    folder: Path,
+    points: Sequence[str],
+    record: Path | None = None,
+    database: str | None = None,
+    more: str = MORE,
+) -> Run:
     """Run one from the invitations to the model, dying at the points one after the other."""
-    more = MORE.format(sha256=FEATURE_NETWORKS["digits"].sha256)
-    async with Served(folder, points=points, record=record) as federation:
+    async with Served(folder, points=points, record=record, database=database) as federation:
         silos = await federation.join_four()
         for silo in silos:
             silo.start()
-        name = admin.start_study(federation.home, federation.plan(rounds, 60.0, more))
+        name = admin.start_study(federation.home, federation.plan(2, 60.0, more))
         limit = LIMIT_SECONDS + SECONDS_EACH * len(points)
         await federation.until(lambda: federation.study(name).state in ENDED, limit)
         assert federation.study(name).state == "finished", federation.study(name).error
@@ -83,16 +88,16 @@ async def study(folder: Path, points: Sequence[str], record: Path | None, rounds
         return Run(federation.sums(name), federation.deaths, federation.points)
 
 
-def run(points: Sequence[str] = (), record: Path | None = None, rounds: int = 2) -> Run:
+def run(points: Sequence[str] = (), record: Path | None = None) -> Run:
     with TemporaryDirectory() as folder:
-        return asyncio.run(study(Path(folder), points, record, rounds))
+        return asyncio.run(study(Path(folder), points, record))
 
 
-def record(rounds: int = 2) -> tuple[Sums, list[str]]:
+def record() -> tuple[Sums, list[str]]:
     """The sums of an undisturbed study, and its points in the order in which they are reached."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "points"
-        undisturbed = run(record=file, rounds=rounds)
+        undisturbed = run(record=file)
         assert undisturbed.deaths == []
         return undisturbed.sums, chosen(file.read_text().splitlines())
 

@@ -189,7 +189,7 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
         plan = federation.plan(2, 60.0, MORE.format(sha256=FEATURE_NETWORKS["digits"].sha256))
         plan.write_text(plan.read_text().replace("image_size = 4", "image_size = 8"))
         name = centre.start_study(federation.home, plan)
-        limit = 240 + 20 * len(points)
+        limit = 900 + 60 * len(points)
         over = ("finished", "failed", "stopped")
         await federation.until(lambda: federation.study(name).state in over, limit)
         await federation.until(lambda: (home / "studies" / name / "ended.json").exists(), 120)
