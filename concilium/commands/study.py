@@ -87,7 +87,8 @@ def _described(plan: Plan, silos: int) -> str:
     lines = [
         f"{plan.study.name}: {plan.study.title}",
         f"  images      {plan.data.channels}×{plan.data.image_size}×{plan.data.image_size}, uint8",
-        f"  model       {model.architecture} {widths}, predicts {plan.objective.prediction}",
+        f"  model       {model.architecture} {widths}, predicts {plan.objective.prediction}"
+        f"{_classes(plan)}",
         f"  secure sum  {ring} bits a parameter; with {silos} silos threshold "
         f"{quorum.threshold}, {quorum.colluders} colluders tolerated",
         f"  rounds      {plan.rounds.count} of {plan.rounds.local_steps} local steps, "
@@ -103,8 +104,21 @@ def _described(plan: Plan, silos: int) -> str:
             f"  evaluation  FID of {plan.evaluation.samples} samples with "
             f"{plan.evaluation.feature_network}, {_every(plan.evaluation.every)}"
         )
+        if plan.evaluation.at_silos:
+            lines.append(
+                "              and at the silos, whose policy has to allow it: KID, coverage, "
+                "near-copies, loss by timestep"
+            )
     lines.append(f"  digest      {plan.digest().hex()}")
     return "\n".join(lines)
+
+
+def _classes(plan: Plan) -> str:
+    """What the images have labels for; synthetic ones leave with theirs."""
+    if plan.model.classes is None:
+        return ""
+    names = f" ({', '.join(plan.data.class_names)})" if plan.data.class_names else ""
+    return f", {plan.model.classes} classes{names}, guidance {plan.sampler.guidance:g}"
 
 
 def _every(rounds: int) -> str:

@@ -71,6 +71,19 @@ def test_study_check_says_what_a_plan_means() -> None:
     shown = run("study", "check", README.parent / "study" / "plans" / "digits.toml")
     assert shown.exit_code == 0
     assert "threshold 3, 1 colluders tolerated" in shown.output
+    assert "classes" not in shown.output
+
+
+def test_study_check_says_what_a_conditional_plan_asks_of_the_sites(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    text = (README.parent / "study" / "plans" / "digits.toml").read_text("utf-8")
+    text = text.replace("[model]", "[model]\nclasses = 2").replace(
+        "[data]", '[data]\nclass_names = ["benign", "malignant"]'
+    )
+    plan.write_text(text.replace("samples = 500", "samples = 500\nat_silos = true"), "utf-8")
+    shown = run("study", "check", plan)
+    assert "2 classes (benign, malignant), guidance 1" in shown.output
+    assert "at the silos, whose policy has to allow it: KID" in shown.output
 
 
 def test_a_wrong_plan_is_refused_with_key_value_and_fix(tmp_path: Path) -> None:
