@@ -77,9 +77,8 @@ def test_study_check_says_what_a_plan_means() -> None:
 def test_study_check_says_what_a_conditional_plan_asks_of_the_sites(tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     text = (README.parent / "study" / "plans" / "digits.toml").read_text("utf-8")
-    text = text.replace("[model]", "[model]\nclasses = 2").replace(
-        "[data]", '[data]\nclass_names = ["benign", "malignant"]'
-    )
+    text = text.replace("[data]", '[data]\nclass_names = ["benign", "malignant"]', 1)
+    text = text.replace("[model]", "[model]\nclasses = 2")
     plan.write_text(text.replace("samples = 500", "samples = 500\nat_silos = true"), "utf-8")
     shown = run("study", "check", plan)
     assert "2 classes (benign, malignant), guidance 1" in shown.output
