@@ -24,8 +24,8 @@ class Corrected(Strategy):
     correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """K: optimiser steps per correction."""
 
-    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
-    """AdamW's step size in a correction."""
+    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
+    """AdamW's step size in a correction; about half of the silos' (docs/fedddpm.md)."""
 
     correction_average: Averages = "last"
     """In which rounds a correction ends in the moving average of its weights. The average samples

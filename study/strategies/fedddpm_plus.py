@@ -39,7 +39,7 @@ class FedDDPMPlus(Corrected):
     window: Annotated[int, Field(ge=1, le=10_000)] = 3
     """W: rounds an improvement is measured over, and rounds to wait after a correction."""
 
-    tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.02
+    tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.1
     """τ: the relative improvement over W rounds below which learning is slow."""
 
     signal: Literal["auxiliary", "silos"] = "auxiliary"
