@@ -67,8 +67,8 @@ def deal(stage: Stage, event: Headers, dealer: int, plain: bytes, to: int = ME) 
         keys.commit(kind, stage.ctx, header.t1, dealer, ME, half) for kind, half in halves.items()
     )
     parcel = replace(event.parcels[dealer], mailbox=sealed)
-    dealt = replace(header.to(ME), share_b=share_b, share_r=share_r)
-    dealt = replace(dealt, mailbox_parcel=digest("parcel", sealed))
+    dealt = header.to(ME)._replace(share_b=share_b, share_r=share_r)
+    dealt = dealt._replace(mailbox_parcel=digest("parcel", sealed))
     return redealt(stage, event, dealer, dealt, parcel)
 
 
@@ -111,7 +111,7 @@ async def test_a_share_of_another_silo_is_complained_about(fresh: Stage) -> None
     swapped = deal(fresh, event, 2, SHARE + SHARE)
     header = next(Header.decode(m.body) for m in swapped.messages if m.sender == 2)
     theirs = header.to(4)
-    dealt = replace(header.to(ME), share_b=theirs.share_b, share_r=theirs.share_r)
+    dealt = header.to(ME)._replace(share_b=theirs.share_b, share_r=theirs.share_r)
     lie = redealt(fresh, event, 2, dealt, swapped.parcels[2])
     await complains(fresh, lie, 2, Reason.BAD_COMMITMENT)
 
@@ -128,8 +128,7 @@ async def test_a_ciphertext_copied_from_an_honest_dealer_opens_nothing(fresh: St
     event = await at_headers(fresh)
     header = next(Header.decode(m.body) for m in event.messages if m.sender == 2)
     copied = event.parcels[1]
-    dealt = replace(
-        header.to(ME),
+    dealt = header.to(ME)._replace(
         mailbox_parcel=digest("parcel", copied.mailbox),
         seed_parcel=digest("parcel", copied.seed),
     )
@@ -139,7 +138,7 @@ async def test_a_ciphertext_copied_from_an_honest_dealer_opens_nothing(fresh: St
 async def test_a_seed_that_is_not_the_committed_one_is_complained_about(fresh: Stage) -> None:
     event = await at_headers(fresh)
     header = next(Header.decode(m.body) for m in event.messages if m.sender == 1)
-    dealt = replace(header.to(ME), seed=bytes(32))
+    dealt = header.to(ME)._replace(seed=bytes(32))
     lie = redealt(fresh, event, 1, dealt, event.parcels[1])
     await complains(fresh, lie, 1, Reason.BAD_COMMITMENT)
 

@@ -487,8 +487,7 @@ def test_a_ciphertext_that_its_dealer_signed_for_but_nobody_can_open_names_the_d
     event = headers_of(world, 4)
     theirs = event.parcels[2]
     header = Header.decode(event.messages[0].body)
-    entry = replace(
-        header.to(4),
+    entry = header.to(4)._replace(
         mailbox_parcel=digest("parcel", theirs.mailbox),
         seed_parcel=digest("parcel", theirs.seed),
     )

@@ -357,8 +357,8 @@ def test_shares_that_are_not_of_one_secret_name_the_dealer(
 
     world = bring_to(coordinator.Sharing)
     with monkeypatch.context() as patched:
-        share = Secret(constant.to_bytes(33, "big"))
-        patched.setattr(shamir, "split", lambda _s, _t, at, _e: dict.fromkeys(at, share))
+        share = constant.to_bytes(33, "big")
+        patched.setattr(shamir, "split", lambda _s, _t, at, _e: {x: Secret(share) for x in at})
         world.feed(answer(world, 2))
     cheated(world, cheat=2, dropped=4)
 

@@ -224,7 +224,7 @@ def test_a_dealer_that_contradicts_its_header_is_complained_about(tmp_path: Path
     request = trial.session.request_for(1)
     assert isinstance(request, Headers)
     header = Header.decode(request.messages[2].body)
-    lie = replace(header, dealt=(replace(header.dealt[0], share_b=bytes(32)), *header.dealt[1:]))
+    lie = replace(header, dealt=(header.dealt[0]._replace(share_b=bytes(32)), *header.dealt[1:]))
     signed = trial.sites[3].party.sign(Step.SHARE, trial.context.digest, lie.encode())
     messages = (*request.messages[:2], signed, request.messages[3])
     (send,) = trial.sites[1].protocol.handle(Headers(messages, request.parcels))
