@@ -43,6 +43,18 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Put `content` where the old content of the same length was, durably. Unlike `write_file` it
+    leaves no copy of the old one on a disk that writes in place; after a crash either or a mixture
+    is there."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -13,6 +13,7 @@ HOME/
     decision.json                   what a person (or the policy) decided about that offer
     plan.toml, roster               as accepted: pinned
     ledger                          what is never done twice (silo/ledger.py)
+    shares.key                      opens the shares in the ledger; new when a session has ended
     outcomes/<session>.certificate  how sessions ended
     artifacts/<sha256>              input models and other public files
     vectors/<purpose>-<round>/      prepared vectors, kept until their outcome is known
@@ -70,6 +71,10 @@ class StudyHome:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger"
+
+    @property
+    def shares_key(self) -> Path:
+        return self.path / "shares.key"
 
     @property
     def outcomes(self) -> Path:

@@ -90,7 +90,7 @@ class Participation:
         self._tools, self._study, self.terms, self._party = tools, study, terms, party
         self._quantities = quantities
         self._ledger = LedgerFile(study.ledger, study.name)
-        self._protocol = Protocol(party, self._ledger, study.masked)
+        self._protocol = Protocol(party, self._ledger, study.masked, study.shares_key)
         self._outcomes = Outcomes(study.outcomes)
         self._delay = _FIRST_DELAY
         self._reports: set[asyncio.Task[None]] = set()

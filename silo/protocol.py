@@ -7,7 +7,9 @@ what depends on it is handed back to be sent. All of it blocks, so the agent cal
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,10 +31,11 @@ from secagg.events import (
 )
 from secagg.ledger import History, SessionRecord
 from secagg.masking import DTYPES, MaskKey, apply_masks
+from secagg.primitives import SECRET_BYTES, derive
 from secagg.silo import SiloParty, SiloState, complain, resume
 from silo import failpoints
 from silo.errors import LedgerError, WorkFailed
-from silo.files import write_file
+from silo.files import overwrite, write_file
 from silo.ledger import LedgerFile
 
 log = structlog.get_logger(__name__)
@@ -44,16 +47,39 @@ _DEALERS = (Reason.BAD_CIPHERTEXT, Reason.BAD_COMMITMENT)
 class Protocol:
     """Feed events, get messages to send. After a restart it goes on from what the ledger says."""
 
-    def __init__(self, party: SiloParty, ledger: LedgerFile, masked: Path) -> None:
-        """`masked` is the folder for masked vectors."""
-        self._party, self._ledger, self._masked = party, ledger, masked
-        self._state: SiloState = resume(party, History.of(ledger.entries()))
+    def __init__(
+        self, party: SiloParty, ledger: LedgerFile, masked: Path, shares_key: Path
+    ) -> None:
+        """`masked` is the folder for masked vectors, `shares_key` the file that is overwritten when
+        the shares in the ledger are of no use any more."""
+        self._ledger, self._masked, self._shares_key = ledger, masked, shares_key
+        self._ledger_key = party.ledger_key
         self._vector: Path | None = None
+        if not shares_key.exists():
+            write_file(shares_key, os.urandom(SECRET_BYTES))
+        self._party = self._with_key(party)
+        self._state: SiloState = resume(self._party, History.of(ledger.entries()))
+        if self.session is None:
+            self._burn()
 
     def close(self) -> None:
-        """Overwrite the secrets of a session under way, and let another process have the ledger."""
+        """Overwrite the secrets in memory, and let another process have the ledger."""
         self._state.wipe()
+        self._party.ledger_key.wipe()
         self._ledger.close()
+
+    def _with_key(self, party: SiloParty) -> SiloParty:
+        """Shares are locked with what only the agent's key and this study's file together give."""
+        salt = self._shares_key.read_bytes()
+        return replace(party, ledger_key=derive(self._ledger_key, salt, b"shares of a session"))
+
+    def _burn(self) -> None:
+        """No session is under way, so nobody is owed a share: from now on none can be opened. A
+        thief of this machine, however much he recorded, comes too late."""
+        overwrite(self._shares_key, os.urandom(SECRET_BYTES))
+        self._party.ledger_key.wipe()
+        self._party = self._with_key(self._party)
+        self._state = replace(self._state, party=self._party)
 
     @property
     def history(self) -> History:
@@ -130,6 +156,8 @@ class Protocol:
                 case MaskInput(keys):
                     # A failure leaves the state at `Masking`: the same request masks again.
                     sends += self.handle(self._mask(keys))
+        if self.session is None and any(isinstance(effect, Record) for effect in effects):
+            self._burn()
         return sends
 
     def _forget(self, before: SiloState) -> None:

@@ -12,11 +12,11 @@ import pytest
 from secagg import coordinator
 from secagg.context import SessionContext
 from secagg.errors import Refused
-from secagg.events import Deadline, Headers, Open, Received, Send, Settle, Unveil
-from secagg.ledger import Masked, Opened
+from secagg.events import Deadline, GiveUp, Headers, Open, Received, Send, Settle, Unveil
+from secagg.ledger import Aborted, Confirmed, Masked, Opened
 from secagg.masking import DTYPES, apply_masks
 from secagg.messages import Complaint, Header, Parcel, Step
-from secagg.primitives import Secret
+from secagg.primitives import Secret, derive, unlock
 from secagg.silo import SiloParty
 from silo.ledger import LedgerFile
 from silo.protocol import Protocol
@@ -35,7 +35,7 @@ class Site:
 
     def start(self) -> None:
         self.ledger = LedgerFile(self.folder / "ledger", "trial")
-        self.protocol = Protocol(self.party, self.ledger, self.folder)
+        self.protocol = Protocol(self.party, self.ledger, self.folder, self.folder / "shares.key")
 
     def restart(self) -> None:
         self.ledger.close()
@@ -274,3 +274,50 @@ def test_after_an_abort_certificate_the_same_quantity_may_be_opened_again(tmp_pa
     assert refused == again, "in doubt until the certificate is there"
     trial.sites[1].protocol.settle(certificate)
     assert trial.sites[1].protocol.open(again, tmp_path / "1" / "vector")
+
+
+def opened_by_what_is_on_disk(site: Site) -> bool:
+    """Whether a thief of everything at this site can read the shares in its ledger."""
+    record = next(e for e in site.ledger.entries() if isinstance(e, Confirmed))
+    salt = (site.folder / "shares.key").read_bytes()
+    key = derive(site.party.ledger_key, salt, b"shares of a session")
+    try:
+        unlock(key, record.locked_shares, record.ctx)
+    except Refused:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("end", ["aborted", "summed"])
+def test_shares_cannot_be_opened_any_more_once_their_session_has_ended(
+    tmp_path: Path, end: str
+) -> None:
+    trial = Trial(tmp_path)
+    for _ in range(4):
+        trial.step()
+    site = trial.sites[1]
+    assert opened_by_what_is_on_disk(site)
+    site.protocol.handle(GiveUp(bytes(32)))  # another session: this one still needs them
+    site.restart()
+    assert opened_by_what_is_on_disk(site)
+    if end == "aborted":
+        site.protocol.handle(GiveUp(trial.context.digest))
+    else:
+        trial.step()
+        certificate = trial.session.request_for(1)
+        assert isinstance(certificate, Settle)
+        site.protocol.settle(certificate)
+    assert not opened_by_what_is_on_disk(site)
+
+
+def test_a_crash_between_abort_and_the_end_of_its_shares_ends_them_at_the_next_start(
+    tmp_path: Path,
+) -> None:
+    trial = Trial(tmp_path)
+    for _ in range(4):
+        trial.step()
+    site = trial.sites[1]
+    site.ledger.append(Aborted(trial.context.digest))
+    assert opened_by_what_is_on_disk(site)
+    site.restart()
+    assert not opened_by_what_is_on_disk(site)
