@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,30 @@ async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
             agent.cancel()
         await asyncio.gather(*agents, return_exceptions=True)
     assert admin.status(homes["north"])["running"] is False
+
+
+async def test_a_site_outside_its_hours_says_that_it_rests(centre: Centre, tmp_path: Path) -> None:
+    homes = {name: make_site(tmp_path, name) for name in ("east", "north", "south")}
+    for name, home in homes.items():
+        await enrol(centre, home, name)
+    later = datetime.now() + timedelta(hours=2)
+    hours = f"{later:%H:%M}-{later + timedelta(hours=1):%H:%M}"
+    edit(homes["north"], "[resources]\n", f'[resources]\nhours = "{hours}"\n')
+    (tmp_path / "plan.toml").write_text(FEDAVG)
+    centre_admin.start_study(centre.home, tmp_path / "plan.toml")
+    agents = [asyncio.create_task(run(home)) for home in homes.values()]
+
+    def activity() -> str:
+        (study,) = centre_admin.status(centre.home).studies
+        return next(silo.activity for silo in study.silos if silo.name == "north")
+
+    try:
+        await until(lambda: activity() == f"resting until {later:%H:%M}")
+        assert admin.status(homes["north"])["running"], "it rests, and is not gone"
+    finally:
+        for agent in agents:
+            agent.cancel()
+        await asyncio.gather(*agents, return_exceptions=True)
 
 
 def test_deciding_about_what_was_not_offered_says_so(tmp_path: Path) -> None:
