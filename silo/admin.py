@@ -63,6 +63,10 @@ feature_networks = ["digits", "fashion-mnist"]
 {threads}
 idle_seconds = 60.0                   # how long the worker stays after its last job
 niceness = 10                         # how readily it gives way to other programs: 0 to 19
+# memory_mib = 16_000                 # what the worker may allocate
+# hours = "19:00-06:00"               # when it may compute; absent: always
+# time_zone = "Europe/Berlin"         # whose clock that is; absent: this machine's
+# processes = 2                       # training processes that share a batch: one per GPU
 
 [approval]
 automatic = {automatic}                     # true: accept the first study that the policy allows

@@ -102,6 +102,11 @@ def transfers(plan: Plan, silos: int) -> Traffic:
             plan,
             silos,
         )
+    if plan.evaluation is not None and plan.evaluation.at_silos:
+        rounds = sum(plan.evaluates(round) for round in range(1, plan.rounds.count + 1))
+        channels, height, width = plan.data.shape
+        samples = plan.evaluation.samples * channels * height * width
+        total += (messages(silos) + Traffic(0, 4 * sizes[0] + samples)) * rounds
     if plan.auxiliary is not None:
         slots = plan.auxiliary.images * plan.auxiliary.slots_per_image
         tags = TagsWork(total_count=_ANY_COUNT, images=plan.auxiliary.images, slots=slots)
@@ -136,7 +141,8 @@ def messages(silos: int) -> Traffic:
 
 def computing_seconds(plan: Plan, silos: int, seconds_per_step: float) -> float:
     """Training, and the samples of this site's even share of the auxiliary set."""
-    seconds = training_steps(plan) * seconds_per_step
+    rests = (1 - plan.rounds.participation) * plan.rounds.count * plan.rounds.local_steps
+    seconds = (training_steps(plan) - rests) * seconds_per_step
     if plan.auxiliary is not None:
         images = plan.auxiliary.images / silos * 1.125
         forward = seconds_per_step * _FORWARD / plan.optimizer.batch_size

@@ -81,7 +81,7 @@ def is_dicom(file: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class _Place:
     """Where a file belongs: series by first appearance, then along the slices."""
 
