@@ -57,7 +57,9 @@ class Contacts:
     """Signs of life of the silos, by site name."""
 
     def __init__(self) -> None:
-        self._since = time.time()
+        # Whether somebody is in contact is told by a clock that nobody sets.
+        self._since = time.monotonic()
+        self._heard: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._calls: defaultdict[str, int] = defaultdict(int)
         self._progress: dict[tuple[str, str], Progress] = {}
@@ -77,16 +79,17 @@ class Contacts:
             self._mark(site)
 
     def _mark(self, site: str) -> None:
-        self._seen[site] = time.time()
+        self._seen[site], self._heard[site] = time.time(), time.monotonic()
         self._fresh.add(site)
 
     def present(self, site: str, within: float) -> bool:
         """Whether there was a sign of life in the last `within` seconds."""
-        return self._calls[site] > 0 or time.time() - self._seen.get(site, 0.0) < within
+        heard = self._heard.get(site)
+        return self._calls[site] > 0 or (heard is not None and time.monotonic() - heard < within)
 
     def absent(self, site: str, within: float) -> bool:
         """Whether there was none, although this service has been up for that long."""
-        return not self.present(site, within) and time.time() - self._since >= within
+        return not self.present(site, within) and time.monotonic() - self._since >= within
 
     def progress(self, study: str, site: str, now: Progress) -> None:
         self._progress[study, site] = now

@@ -261,6 +261,8 @@ class Session:
 
     async def _close_if_due(self) -> None:
         async with self._lock:
+            # A clock that was set back must not make the step longer than the plan does.
+            self._deadline = min(self._deadline, time.time() + self._seconds(self.state))
             if self.state.over or not self._due():
                 return
             if isinstance(self.state, core.Unmasking | core.Aborting):

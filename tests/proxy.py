@@ -15,6 +15,8 @@ class Proxy:
         self.cuts = 0
         self.total = self.returned = 0
         """Bytes that went towards the target, and back."""
+        self.patience: float | None = None
+        """Seconds without a byte after which a connection is cut, as some firewalls do."""
         self.stall = 0.2
         """Seconds for which nothing gets through before connections are cut."""
         self._budgets: dict[bool, int] = {}
@@ -59,11 +61,19 @@ class Proxy:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    async def _read(self, source: asyncio.StreamReader) -> bytes:
+        try:
+            async with asyncio.timeout(self.patience):
+                return await source.read(1 << 14)
+        except TimeoutError:
+            self.cut()
+            return b""
+
     async def _forward(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: bool
     ) -> None:
         with suppress(OSError):
-            while data := await source.read(1 << 14):
+            while data := await self._read(source):
                 budget = self._budgets.get(back)
                 data = data if budget is None else data[:budget]
                 self.returned += len(data) * back

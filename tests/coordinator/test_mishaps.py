@@ -1,0 +1,113 @@
+"""What happens to machines: a full disk or store, a clock set back, an idle line that is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from coordinator import admin, sessions
+from coordinator.config import Home
+from coordinator.store import Store, note, verify_log
+from tests.coordinator.agent import TestSilo, nothing
+from tests.coordinator.federation import Federation
+from tests.proxy import Proxy
+
+
+async def test_a_full_disk_is_told_to_the_silos_and_the_sum_is_made_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    """The disk is a real one: a small file system where the uploads go."""
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        spool = Home(federation.home).spool
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(spool)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a file system")
+        try:
+            for silo in silos:
+                silo.start()
+            study = admin.start_study(federation.home, federation.plan(deadline=60.0))
+            await federation.until(lambda: all(silo.errors for silo in silos))
+            for silo in silos:
+                assert silo.errors[0].startswith("RESOURCE_EXHAUSTED: the study centre's disk is")
+                assert "goes on where it stopped when there is room" in silo.errors[0]
+            assert federation.study(study).phase == "collecting"
+        finally:
+            subprocess.run(["umount", str(spool)], check=True)
+        await federation.until(lambda: federation.result(study, "census"))
+        assert len(federation.exact(study, "census", "census 1")) == 4
+        assert federation.result(study, "census")["session"]["number"] == 1
+
+
+def test_a_transaction_for_which_the_store_has_no_room_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    store.run(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").all())
+    with pytest.raises(OperationalError, match="disk is full"):
+        store.run(note, "large", text="x" * 1_000_000)
+    assert store.run(verify_log) == 0
+    store.run(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1000000").all())
+    store.run(note, "large", text="x" * 1_000_000)
+    assert store.run(verify_log) == 1
+    store.close()
+
+
+async def test_a_clock_that_is_set_back_makes_no_step_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One silo never answers, and is not out of contact yet: only the deadline closes the step."""
+    async with Federation(tmp_path, absent_after=30.0) as federation:
+        silos = await federation.join_four()
+
+        async def stay_silent(_silo: TestSilo, where: str) -> None:
+            if where == "open":
+                await asyncio.Event().wait()
+
+        silos[2].hook = stay_silent
+        for silo in silos:
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan(deadline=4.0))
+        await federation.until(lambda: federation.study(study).present == 3)
+
+        class SetBack:
+            @staticmethod
+            def time() -> float:
+                return time.time() - 3600
+
+        monkeypatch.setattr(sessions, "time", SetBack)
+        await federation.until(lambda: federation.result(study, "census"), 20)
+        assert federation.exact(study, "census", "census 1") == ["site-1", "site-2", "site-4"]
+
+
+async def test_lines_that_are_cut_when_idle_cost_nothing_but_a_new_call(tmp_path: Path) -> None:
+    async with Federation(tmp_path, absent_after=5.0) as federation:
+        silos = await federation.join_four()
+        proxy = Proxy(federation.address)
+        await proxy.start()
+        proxy.patience = 0.3
+        go = asyncio.Event()
+
+        async def wait(silo: TestSilo, where: str) -> None:
+            if where == "before CONFIRM":
+                silo.hook = nothing
+                await go.wait()
+
+        silos[0].hook = wait
+        for silo in silos:
+            silo.address = proxy.address
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan(deadline=60.0))
+        await federation.until(lambda: federation.study(study).present == 3 and proxy.cuts > 10)
+        go.set()
+        await federation.until(lambda: federation.result(study, "census"))
+        assert len(federation.exact(study, "census", "census 1")) == 4
+        assert not any(silo.errors for silo in silos)
+        for silo in silos:
+            await silo.kill()
+        await proxy.stop()
