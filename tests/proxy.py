@@ -15,6 +15,8 @@ class Proxy:
         self.cuts = 0
         self.total = self.returned = 0
         """Bytes that went towards the target, and back."""
+        self.mute = False
+        """Whether what comes back is kept from the caller, until the next cut."""
         self.patience: float | None = None
         """Seconds without a byte after which a connection is cut, as some firewalls do."""
         self.stall = 0.2
@@ -44,6 +46,7 @@ class Proxy:
     def cut(self) -> None:
         """End every connection without a word (RST)."""
         self.cuts += 1
+        self.mute = False
         for writer in list(self._open):
             writer.transport.abort()
         self._open.clear()
@@ -76,6 +79,8 @@ class Proxy:
             while data := await self._read(source):
                 budget = self._budgets.get(back)
                 data = data if budget is None else data[:budget]
+                if back and self.mute:
+                    continue
                 self.returned += len(data) * back
                 self.total += len(data) * (not back)
                 sink.write(data)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from coordinator import admin, sessions
 from coordinator.config import Home
 from coordinator.store import Store, note, verify_log
+from tests.coordinator import postgres
 from tests.coordinator.agent import TestSilo, nothing
 from tests.coordinator.federation import Federation
 from tests.proxy import Proxy
@@ -111,3 +112,31 @@ async def test_lines_that_are_cut_when_idle_cost_nothing_but_a_new_call(tmp_path
         for silo in silos:
             await silo.kill()
         await proxy.stop()
+
+
+async def test_a_database_that_goes_away_for_a_while_holds_the_study_up_no_longer(
+    tmp_path: Path, postgres_server: postgres.Server
+) -> None:
+    database = postgres_server.new_database()
+    async with Federation(tmp_path, absent_after=10.0, database=database) as federation:
+        silos = await federation.join_four()
+        here, go = asyncio.Event(), asyncio.Event()
+
+        async def wait(silo: TestSilo, where: str) -> None:
+            if where == "before upload":
+                silo.hook = nothing
+                here.set()
+                await go.wait()
+
+        silos[0].hook = wait
+        for silo in silos:
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan(deadline=60.0))
+        await asyncio.wait_for(here.wait(), 60)
+        await asyncio.to_thread(postgres_server.halt)
+        go.set()
+        await asyncio.sleep(2.0)  # the service and the silos find it gone, and try again
+        await asyncio.to_thread(postgres_server.start)
+        await federation.until(lambda: federation.result(study, "census"), 60)
+        assert len(federation.exact(study, "census", "census 1")) == 4
+        assert federation.result(study, "census")["session"]["number"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 import time
@@ -19,6 +20,7 @@ from sqlalchemy import Connection, create_engine, insert, select, text, update
 from coordinator import lease, migrations, records, registry, schema
 from coordinator.store import Fenced, Store, StoreError, note, verify_log
 from tests.coordinator import postgres
+from tests.proxy import Proxy
 
 
 def count(c: Connection) -> int:
@@ -232,3 +234,40 @@ def test_a_postgresql_that_restarts_is_connected_to_again(
     store.run(note, "after")
     assert store.run(verify_log) == 2
     store.close()
+
+
+class CutAtCommit(Proxy):
+    """Cuts the line at a COMMIT of a client: before it has reached the server, or just after."""
+
+    armed = after = False
+
+    async def _read(self, source: asyncio.StreamReader) -> bytes:
+        data = await super()._read(source)
+        if self.armed and b"COMMIT" in data:
+            self.armed = False
+            if self.after:
+                asyncio.get_running_loop().call_later(0.2, self.cut)
+                self.mute = True
+            else:
+                self.cut()
+                return b""
+        return data
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before-it-arrived", "after-it-arrived"])
+async def test_a_commit_whose_answer_is_lost_happens_exactly_once(
+    postgres_server: postgres.Server, after: bool
+) -> None:
+    proxy = CutAtCommit(f"127.0.0.1:{postgres_server.port}")
+    await proxy.start()
+    url = postgres_server.new_database(int(proxy.address.rpartition(":")[2]))
+    store = await asyncio.to_thread(Store, url)
+    await asyncio.to_thread(lead, store, [])
+    await store.do(note, "first")
+    proxy.armed, proxy.after = True, after
+    await store.do(note, "second")
+    assert proxy.cuts == 1
+    await store.do(note, "third")
+    assert await store.do(verify_log) == 3
+    await asyncio.to_thread(store.close)
+    await proxy.stop()
