@@ -15,6 +15,7 @@ from concilium.simulate.spec import Simulation
 from diffusion.coverage import covered, neighbour_radii
 from diffusion.execution import Execution
 from diffusion.features.network import load_feature_network
+from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import fid, kid, moments
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
@@ -36,6 +37,10 @@ class Measured:
     """Share of all real images that are covered."""
     coverage_by_silo: tuple[float, ...]
     """The same of each silo's own."""
+    network: str
+    """Feature network: figures of different ones never share a table."""
+    network_sha256: str
+    """Of its weights."""
 
     def line(self) -> dict[str, Any]:
         """For a line of metrics.jsonl."""
@@ -58,7 +63,8 @@ class Ruler:
         self._evaluation = plan.evaluation
         if self._evaluation is None:
             return
-        self._network = load_feature_network(self._evaluation.feature_network)
+        self._name = self._evaluation.feature_network
+        self._network = load_feature_network(self._name)
         self._center = self._network.public_center().astype(np.float64)
         self._by_silo = [self._network.extract(images) for images in federation.images]
         self._real = np.concatenate(self._by_silo)
@@ -91,6 +97,8 @@ class Ruler:
             kid=kid(self._real, features),
             coverage=float(inside.mean()),
             coverage_by_silo=tuple(float(own.mean()) for own in np.split(inside, ends)),
+            network=self._name,
+            network_sha256=FEATURE_NETWORKS[self._name].sha256,
         )
 
     def _features(self, model: Vector, n: int) -> Vector:
