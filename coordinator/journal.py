@@ -37,6 +37,9 @@ def decode_event(data: bytes) -> CoordinatorEvent:
             lambda: (reader.u16(), Parcel(reader.blob(_MAX_EVENT), reader.blob(_MAX_EVENT))),
             MAX_SILOS,
         )
+        receivers = [receiver for receiver, _ in parcels]
+        if receivers != sorted(set(receivers)):
+            raise MalformedMessage("session event: parcels are not in order of receiver")
         event = Received(message, dict(parcels))
     elif kind == 3:
         event = Cancel(reader.text(_MAX_EVENT))

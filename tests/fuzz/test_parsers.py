@@ -6,6 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.journal import decode_event, encode_event
+from secagg.codec import u32
+from secagg.errors import MalformedMessage
+from secagg.events import Received
+from secagg.messages import Parcel, Signed, Step
 from tests.fuzz.parsers import TARGETS, seeds
 
 
@@ -38,3 +43,12 @@ def test_a_damaged_seed_parses_canonically_or_raises_the_one_error(
 @given(raw=st.binary(max_size=300))
 def test_garbage_raises_the_one_error(target: str, raw: bytes) -> None:
     TARGETS[target](raw)
+
+
+def test_an_event_of_the_store_has_one_parcel_for_each_receiver_in_order() -> None:
+    """Found by `make fuzz`: of two parcels for one receiver the second was taken."""
+    sent = Received(Signed(Step.SHARE, 1, b"", bytes(64)), {2: Parcel(b"m", b"s")})
+    parcel = encode_event(sent)[-12:]
+    head = encode_event(sent)[:-16]
+    with pytest.raises(MalformedMessage, match="not in order"):
+        decode_event(head + u32(2) + parcel + parcel)
