@@ -10,7 +10,7 @@ from kernels.noise import derive_key, normal, timesteps, uniform
 from kernels.q_sample import add_noise, q_sample
 from kernels.quantiser import Quantiser
 from kernels.sampler_step import sampler_step
-from kernels.unet import apply_to_unet
+from kernels.unet import apply_to_unet, remove_from_unet
 
 __all__ = [
     "Quantiser",
@@ -24,6 +24,7 @@ __all__ = [
     "mask_add",
     "normal",
     "q_sample",
+    "remove_from_unet",
     "sampler_step",
     "timesteps",
     "uniform",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import types
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,10 +26,23 @@ class GroupNormSiLU(nn.GroupNorm):
         fused.silu = silu
         return fused.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self) -> nn.GroupNorm:
+        """torch's own module with the same parameters."""
+        norm = nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta")
+        norm.weight, norm.bias = self.weight, self.bias
+        return norm.train(self.training)
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
-        )
+            x, self.num_groups, self.weight, self.bias,
+            eps=self.eps, silu=self.silu, scale=scale, shift=shift,
+        )  # fmt: skip
+
+
+class SiLUInTheNorm(nn.Identity):
+    """Stands where a SiLU stood that the norm before it now applies."""
 
 
 class SiLUOfVectors(nn.Module):
@@ -52,27 +66,46 @@ def _fuse_resnet_block(block: nn.Module) -> None:
     activation = getattr(block, "nonlinearity", None)
     if not (_is_plain(block, "norm1", "norm2") and isinstance(activation, nn.SiLU)):
         return
-    if getattr(block, "time_embedding_norm", "default") != "default":
-        return  # the embedding scales between norm2 and its SiLU
+    embedding = getattr(block, "time_embedding_norm", "default")
+    scale_shift = embedding == "scale_shift" and getattr(block, "time_emb_proj", None) is not None
+    if scale_shift and not getattr(block, "skip_time_act", False):
+        block.forward = types.MethodType(_scale_shift_forward, block)
+    elif embedding != "default":
+        return  # the embedding does something else between norm2 and its SiLU
     _fuse(block, "norm1", silu=True)
     _fuse(block, "norm2", silu=True)
     block.nonlinearity = SiLUOfVectors()
+
+
+def _scale_shift_forward(block: Any, x: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
+    """conv1(silu(norm1(x))), then conv2(silu(norm2(.) (1 + scale) + shift)), plus the shortcut."""
+    scale, shift = block.time_emb_proj(block.nonlinearity(temb)).chunk(2, dim=1)
+    h = block.norm1(x)
+    resize = block.downsample if block.upsample is None else block.upsample
+    if resize is not None:
+        x, h = resize(x), resize(h)
+    h = block.conv2(block.dropout(block.norm2(block.conv1(h), scale, shift)))
+    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    out: Tensor = (shortcut + h) / block.output_scale_factor
+    return out
 
 
 def _fuse_sequence(sequence: nn.Sequential) -> None:
     for i in range(len(sequence) - 1):
         if type(sequence[i]) is nn.GroupNorm and isinstance(sequence[i + 1], nn.SiLU):
             _fuse(sequence, str(i), silu=True)
-            sequence[i + 1] = nn.Identity()
+            sequence[i + 1] = SiLUInTheNorm()
 
 
 def apply_to_unet(model: Model) -> Model:
     """``model`` itself, with :func:`kernels.group_norm_silu` wherever it computes GroupNorm.
 
-    SiLU is fused in residual blocks (``norm1``, ``norm2``, ``nonlinearity``, as in diffusers), at
-    the output (``conv_norm_out``, ``conv_act``) and in ``nn.Sequential``; every other affine
-    GroupNorm is replaced without SiLU. Parameters, their names and the results stay; applying it
-    twice is harmless.
+    SiLU is fused in residual blocks (``norm1``, ``norm2``, ``nonlinearity``, as in diffusers), with
+    the scale and shift of the time embedding where the model has them between the two
+    (``resnet_time_scale_shift="scale_shift"``), at the output (``conv_norm_out``, ``conv_act``) and
+    in ``nn.Sequential``; every other affine GroupNorm is replaced without SiLU. Parameters, their
+    names and the results stay; applying it twice is harmless, and :func:`remove_from_unet` takes it
+    back.
     """
     for module in list(model.modules()):
         _fuse_resnet_block(module)
@@ -82,9 +115,22 @@ def apply_to_unet(model: Model) -> Model:
             getattr(module, "conv_act", None), nn.SiLU
         ):
             _fuse(module, "conv_norm_out", silu=True)
-            module.conv_act = nn.Identity()
+            module.conv_act = SiLUInTheNorm()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.GroupNorm and child.affine:
                 _fuse(module, name, silu=False)
+    return model
+
+
+def remove_from_unet(model: Model) -> Model:
+    """``model`` itself with torch's own modules again, as before :func:`apply_to_unet`."""
+    for module in list(model.modules()):
+        if getattr(vars(module).get("forward"), "__func__", None) is _scale_shift_forward:
+            del module.forward
+        for name, child in list(module.named_children()):
+            if isinstance(child, GroupNormSiLU):
+                setattr(module, name, child.plain())
+            elif isinstance(child, SiLUOfVectors | SiLUInTheNorm):
+                setattr(module, name, nn.SiLU())
     return model

@@ -62,6 +62,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     assert [process.wait(timeout=200) for process in started] == [0, 0, 0]
     alone, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("1-0", "2-0", "2-1"))
     assert np.array_equal(first["vector"], second["vector"])
-    np.testing.assert_allclose(first["loss"], alone["loss"], rtol=1e-4)
+    # Where the CPU has AMX the network computes in bfloat16, whose rounding depends on the batch.
+    np.testing.assert_allclose(first["loss"], alone["loss"], rtol=1e-3)
     moved = np.linalg.norm(alone["vector"] - alone["start"])
     assert np.linalg.norm(first["vector"] - alone["vector"]) < 0.05 * moved

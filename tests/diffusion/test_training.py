@@ -271,7 +271,7 @@ def test_bfloat16_training_stays_close_to_float32(
 @pytest.mark.parametrize("batch", [3, 64])  # from 64 on diffusers' upsampling leaves channels_last
 def test_placing_a_model_changes_its_speed_and_not_its_output(batch: int) -> None:
     spec = ModelSpec(
-        image_size=8, block_out_channels=(8, 16), attention=(False, False), mid_attention=False
+        image_size=8, block_out_channels=(8, 16), attention=(False, True), attention_head_dim=8
     )
     plain, placed = build_model(spec), build_model(spec)
     initialise(plain, seed=1)
