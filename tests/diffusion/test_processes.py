@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import torch
 from torch import distributed
-from diffusion.execution import choose_execution
+from diffusion.execution import Execution
 from diffusion.model import build_model, initialise, to_vector
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from diffusion.training import train
@@ -38,7 +38,8 @@ result = train(
     objective=ObjectiveSpec(),
     optimizer=OptimizerSpec(batch_size=6),
     seed=2,
-    execution=choose_execution("cpu", threads=1),
+    # bfloat16, chosen on a CPU with AMX, rounds by batch, and AdamW's first steps magnify that
+    execution=Execution(torch.device("cpu"), torch.float32, torch.contiguous_format),
 )
 np.savez(
     f"{folder}/{processes}-{rank}",
@@ -62,7 +63,6 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     assert [process.wait(timeout=200) for process in started] == [0, 0, 0]
     alone, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("1-0", "2-0", "2-1"))
     assert np.array_equal(first["vector"], second["vector"])
-    # Where the CPU has AMX the network computes in bfloat16, whose rounding depends on the batch.
-    np.testing.assert_allclose(first["loss"], alone["loss"], rtol=1e-3)
+    np.testing.assert_allclose(first["loss"], alone["loss"], rtol=1e-4)
     moved = np.linalg.norm(alone["vector"] - alone["start"])
     assert np.linalg.norm(first["vector"] - alone["vector"]) < 0.05 * moved
