@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 NOT_MEASURED = "not measured"
 _PACKAGES = ("numpy", "torch", "triton", "diffusers", "cryptography", "grpcio")
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -143,6 +144,33 @@ class Report:
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Cells:
+    """Parts of a long benchmark, kept in a JSON file as they are finished: a run that was cut off
+    goes on behind the last of them. A file that another machine, other versions or another
+    `setting` filled is begun anew."""
+
+    def __init__(self, path: pathlib.Path | None, **setting: Any) -> None:
+        self._path = path
+        about = {k: v for k, v in machine().items() if k not in ("load", "gpu", "torch_threads")}
+        self._kept: dict[str, Any] = {"about": about | setting, "cells": {}}
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["about"] == json.loads(json.dumps(self._kept["about"])):
+                self._kept = kept
+
+    def get(self, key: str, measure: Callable[[], T]) -> T:
+        """The kept value of `key` (anything that JSON holds), or that of measuring it now."""
+        cells = self._kept["cells"]
+        if key not in cells:
+            cells[key] = measure()
+            if self._path is not None:
+                partial = self._path.with_suffix(".part")
+                partial.write_text(json.dumps(self._kept))
+                partial.replace(self._path)
+        found: T = cells[key]
+        return found
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
