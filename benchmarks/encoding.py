@@ -1,6 +1,6 @@
 """What the width of a word costs: bits × error × bytes × FID, on deltas of the demo model.
 
-    python -m benchmarks.encoding [--silos 10] [--rounds 6] [--steps 80] [--work FILE] [--json FILE]
+    python -m benchmarks.encoding [--silos 4] [--rounds 6] [--steps 80] [--work FOLDER]
 
 The digits of the demonstration are split over the silos by class; each silo trains, round after
 round, as its agent would, and the round's deltas are encoded, summed over the ring, decoded and
@@ -10,8 +10,8 @@ width then runs a study of its own, with residuals carried from round to round, 
 beside that of a study averaged in float64.
 
 The room that `next_clips` leaves was chosen on one split and one seed of training. The targets are
-measured on others, drawn afresh; the setting it was chosen on stands beside them. What is finished
-is kept in --work, and a run that was cut off goes on there.
+measured on others, drawn afresh; the setting it was chosen on stands beside them. Deltas and what
+is finished are kept in --work, and a run that was cut off goes on there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Vector = NDArray[np.float32]
 RINGS: tuple[Ring, ...] = (8, 16, 32)
 CHOSEN_ON = 7
 """Seed of the split on which the room for silos that differ from the mean was chosen."""
-FRESH = (101, 202, 303)
+FRESH = (101, 202)
 """Seeds of splits and of training that nothing was chosen on."""
 CPU = choose_execution("cpu", 1)
 
@@ -175,13 +175,28 @@ def studies(plan: Plan, silos: int, steps: int, seed: int) -> Study:
     return Study(plan, [labelled.images[part] for part in parts], steps, seed)
 
 
-def float64_study(study: Study, rounds: int, samples: int | None) -> dict[str, Any]:
+def kept_deltas(
+    study: Study, vector: Vector, round: int, work: pathlib.Path | None
+) -> list[Vector]:
+    """What training makes of the model of a float64 study: the same whatever is encoded."""
+    if work is None:
+        return study.deltas(vector, round)
+    name = f"deltas-{len(study.counts)}-{study.steps}-{study.seed}-{round}.npy"
+    if not (work / name).exists():
+        np.save(work / "part.npy", np.stack(study.deltas(vector, round)))
+        (work / "part.npy").replace(work / name)
+    return list(np.load(work / name))
+
+
+def float64_study(
+    study: Study, rounds: int, samples: int | None, work: pathlib.Path | None
+) -> dict[str, Any]:
     """FedAvg in float64, the error of every ring in each round, and the FID at the end."""
     first = (study.plan.first_clip,) * len(study.sizes)
     sums = {ring: Summed(study, ring, first) for ring in RINGS}
     vector = study.start
     for round in range(1, rounds + 1):
-        deltas = study.deltas(vector, round)
+        deltas = kept_deltas(study, vector, round, work)
         for summed in sums.values():
             summed.one_round(deltas)
         vector = (vector + study.mean(deltas)).astype(np.float32)
@@ -201,8 +216,8 @@ def ring_study(study: Study, ring: Ring, rounds: int, samples: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--work", type=pathlib.Path, help="keeps what is finished")
-    parser.add_argument("--silos", type=int, default=10)
+    parser.add_argument("--work", type=pathlib.Path, help="folder that keeps what is finished")
+    parser.add_argument("--silos", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=80, help="of local training, a round")
     parser.add_argument("--samples", type=int, default=300, help="that each FID is measured on")
@@ -211,7 +226,10 @@ def main() -> None:
     silos, rounds, samples = arguments.silos, arguments.rounds, arguments.samples
     plan = load_plan(files("concilium.demo").joinpath("digits.toml").read_text("utf-8"))
     setting = {"silos": silos, "rounds": rounds, "steps": arguments.steps, "samples": samples}
-    cells = Cells(arguments.work, **setting)
+    work = arguments.work
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    cells = Cells(work / "cells.json" if work else None, **setting)
     known, *fresh = (studies(plan, silos, arguments.steps, seed) for seed in (CHOSEN_ON, *FRESH))
     report = Report(
         f"Encoding: {silos} silos, {known.start.size} parameters, {rounds} rounds of "
@@ -221,7 +239,7 @@ def main() -> None:
     found: dict[int, dict[str, Any]] = {}
     for study in (*fresh, known):
         measured = samples if study.seed == with_fid else None
-        job = partial(float64_study, study, rounds, measured)
+        job = partial(float64_study, study, rounds, measured, work)
         found[study.seed] = cells.get(f"float64, seed {study.seed}, FID {measured}", job)
     report.row(part="fid", bits="float64", seed=fresh[0].seed, fid=found[fresh[0].seed]["fid"])
     for ring in RINGS:

@@ -1,11 +1,12 @@
 """The secure sum beside its peers and its limits: time, bytes and memory of client and server.
 
-    python -m benchmarks.secure_sum [--quick] [--json FILE]
+    python -m benchmarks.secure_sum [--quick] [--work FILE] [--only-table] [--json FILE]
 
 The same vector goes through our code, Flower's SecAgg (all pairs, its own functions), a CKKS
 encryption with TenSEAL, and what bounds ours: the keystream alone, the additions alone, a memcpy.
 Times are processor seconds of one core, taken in turns: what else the machine does then neither
-counts nor favours one side. The peers are installed into .venv-peers on first use.
+counts nor favours one side. The cells of the table by size and silos are kept in --work: a run that
+was cut off goes on behind the last of them. The peers are installed into .venv-peers on first use.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-from benchmarks.measure import Report, Times, side_by_side
+from benchmarks.measure import Cells, Report, Times, side_by_side
 from coordinator.spool import Spool
 from protos.v1 import coordination_pb2 as pb
 from secagg.masking import CHUNK_BYTES, MaskKey, Vector, apply_masks
@@ -335,31 +337,43 @@ def measure_server(report: Report, peers: Peers, rounds: int) -> None:
     report.target("server_memory_growth", growth, "x", at_most=1.05)
 
 
-def measure_table(report: Report, peers: Peers, sizes: list[int], quick: bool) -> None:
-    """Client seconds by size and silos; the slow peers only where they take less than a minute."""
+def measure_table(report: Report, peers: Peers, cells: Cells, sizes: list[int]) -> None:
+    """Client seconds by size and silos. Every cell is kept as soon as it is there."""
     for n in sizes:
+        # CKKS knows no masks: what it costs does not depend on the other silos.
+        vector = Client(n, 2).delta
+        ckks = cells.get(f"{n}: CKKS", partial(peers.run, "ckks_client", vector, 2))
         for silos in (3, 10, 32, 100):
-            client = Client(n, silos - 1)
-            jobs = {"keystream": client.keystream, "ours": client.everything}
-            times = side_by_side(jobs, rounds=3, time_job=client.on_processor)
-            row: dict[str, Any] = {f"{name}_s": found.p50 for name, found in times.items()}
-            flower = ckks = None
-            if n * silos <= (33 if quick else 360) * MILLION:
-                flower = peers.run("flower_client", client.delta, silos - 1)
-            if silos == 3 and n <= (1 if quick else 10) * MILLION:
-                ckks = peers.run("ckks_client", client.delta, silos - 1)
+            ours = cells.get(f"{n} x {silos}: ours", partial(table_cell, n, silos))
+            ask = partial(peers.run, "flower_client", vector, silos - 1)
+            flower = cells.get(f"{n} x {silos}: Flower", ask)
+            row: dict[str, Any] = {"params": n, "silos": silos, **ours}
             row["flower_s"] = flower["seconds"] if flower else None
             row["ckks_s"] = ckks["seconds"] if ckks else None
-            row["bytes_per_param"] = client.serialise() / n
             row["flower_bytes_per_param"] = flower["bytes"] / n if flower else None
             row["ckks_bytes_per_param"] = ckks["bytes"] / n if ckks else None
-            report.row(part="table", params=n, silos=silos, **row)
+            report.row(part="table", **row)
+
+
+def table_cell(n: int, silos: int) -> dict[str, float]:
+    client = Client(n, silos - 1)
+    jobs = {
+        "memcpy": client.memcpy,
+        "add": client.add,
+        "keystream": client.keystream,
+        "ours": client.everything,
+    }
+    times = side_by_side(jobs, rounds=3, time_job=client.on_processor)
+    found = {f"{name}_s": taken.p50 for name, taken in times.items()}
+    return found | {"bytes_per_param": client.serialise() / n}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--work", type=pathlib.Path, help="file that keeps the table's cells")
+    parser.add_argument("--only-table", action="store_true", help="no targets")
     parser.add_argument("--peak", nargs=3, metavar=("PART", "PARAMETERS", "SILOS"))
     arguments = parser.parse_args()
     if arguments.peak:
@@ -371,10 +385,11 @@ def main() -> None:
         peers = Peers(pathlib.Path(folder))
         known = ", ".join(f"{name} {version}" for name, version in peers.versions.items())
         report = Report(f"Secure sum, {RING}-bit ring, processor time of one core; peers: {known}")
-        measure_client(report, peers, rounds)
-        measure_server(report, peers, rounds)
+        if not arguments.only_table:
+            measure_client(report, peers, rounds)
+            measure_server(report, peers, rounds)
         sizes = [MILLION, 10 * MILLION, 36 * MILLION][: 1 if arguments.quick else 3]
-        measure_table(report, peers, sizes, arguments.quick)
+        measure_table(report, peers, Cells(arguments.work, **peers.versions), sizes)
         peers.close()
     report.finish(arguments.json)
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from coordinator import failpoints
 
-_READ = 256 * 1024
+_READ = 1 << 20  # the largest chunk of a download
 
 
 class Artifacts:
@@ -67,7 +67,7 @@ class Artifacts:
         return self.path(sha256).read_bytes()
 
     def chunks(self, sha256: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) from `offset` to the end, in pieces of 256 KiB."""
+        """(offset, bytes) from `offset` to the end, in pieces of 1 MiB."""
         with open(self.path(sha256), "rb") as file:
             file.seek(offset)
             while data := file.read(_READ):

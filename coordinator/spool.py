@@ -158,6 +158,9 @@ class Incoming:
         self._whole, self._part, self.size, self._sha256 = whole, part, size, sha256
         self.committed, self.done = committed, done
         self._synced = committed
+        # What comes in one go is hashed as it comes; else the file is read when it is whole, so
+        # that a line that breaks often does not cost as many readings.
+        self._hash = None if committed else hashlib.sha256()
         self._file = None if done else open(part, "ab")  # noqa: SIM115 - closed by `close`
 
     def write(self, offset: int, data: bytes) -> None:
@@ -173,6 +176,8 @@ class Incoming:
         try:
             self._file.write(data)
             self.committed += len(data)
+            if self._hash is not None:
+                self._hash.update(data)
             if self.committed - self._synced >= _SYNC_EVERY:
                 self._sync()
         except OSError as error:
@@ -197,8 +202,7 @@ class Incoming:
         self._file = None
         if self.committed < self.size:
             return
-        with open(self._part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").digest()
+        found = self._digest()
         failpoints.reach(f"upload whole, session {self._whole.parent.name}")
         if found != self._sha256:
             self._part.unlink()
@@ -215,6 +219,12 @@ class Incoming:
             os.close(descriptor)
         failpoints.reach(f"upload taken, session {self._whole.parent.name}")
         self.done = True
+
+    def _digest(self) -> bytes:
+        if self._hash is not None:
+            return self._hash.digest()
+        with open(self._part, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
     def _sync(self) -> None:
         if self._file is not None:

@@ -30,28 +30,28 @@ class Uploads:
 
     async def begin(self, silo: int, first: pb.UploadChunk) -> Incoming:
         """Take the first chunk. Raises BadRequest, UploadRefused, WrongOffset, DiskFull."""
-        _check(first)
-        return await _whole(self._begin(silo, first))
+        data = _checked(first)
+        return await _whole(self._begin(silo, first, data))
 
-    async def _begin(self, silo: int, first: pb.UploadChunk) -> Incoming:
+    async def _begin(self, silo: int, first: pb.UploadChunk, data: bytes) -> Incoming:
         place = (first.study, first.session, silo)
         begin = partial(self._spool.begin, *place, first.size, first.sha256, first.offset)
         async with self._locks[silo]:
             upload = self._newest[silo] = await asyncio.to_thread(begin)
-            await asyncio.to_thread(upload.write, first.offset, first.data)
+            await asyncio.to_thread(upload.write, first.offset, data)
         return upload
 
     async def write(self, silo: int, upload: Incoming, chunk: pb.UploadChunk) -> None:
         """Raises BadRequest, UploadRefused, WrongOffset, DiskFull; NotYet where a newer upload
         has taken over."""
-        _check(chunk)
-        await _whole(self._write(silo, upload, chunk))
+        data = _checked(chunk)
+        await _whole(self._write(silo, upload, chunk.offset, data))
 
-    async def _write(self, silo: int, upload: Incoming, chunk: pb.UploadChunk) -> None:
+    async def _write(self, silo: int, upload: Incoming, offset: int, data: bytes) -> None:
         async with self._locks[silo]:
             if self._newest[silo] is not upload:
                 raise NotYet("a newer upload of the same vector has taken over: go on with that")
-            await asyncio.to_thread(upload.write, chunk.offset, chunk.data)
+            await asyncio.to_thread(upload.write, offset, data)
 
     async def close(self, silo: int, upload: Incoming) -> None:
         """Keep what came; raises UploadRefused where it is all and its digest is another."""
@@ -62,12 +62,15 @@ class Uploads:
             await asyncio.to_thread(upload.close)
 
 
-def _check(chunk: pb.UploadChunk) -> None:
+def _checked(chunk: pb.UploadChunk) -> bytes:
+    """The chunk's bytes, looked at once: each look is a copy."""
     check(chunk)
-    if len(chunk.data) > MAX_CHUNK:
+    data = chunk.data
+    if len(data) > MAX_CHUNK:
         raise UploadRefused(
-            f"UploadChunk.data has {len(chunk.data)} bytes, at most {MAX_CHUNK} are allowed"
+            f"UploadChunk.data has {len(data)} bytes, at most {MAX_CHUNK} are allowed"
         )
+    return data
 
 
 async def _whole(work: Coroutine[Any, Any, T]) -> T:

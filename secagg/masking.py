@@ -34,29 +34,43 @@ class MaskKey:
     sign: int
 
 
-def apply_masks(vector: Vector, keys: Sequence[MaskKey]) -> None:
-    """vector ← vector + Σ sign · keystream(key) mod 2^b, in place.
+class Masks:
+    """Σ sign · keystream(key) mod 2^b, word after word, for a vector that comes in parts.
 
-    `vector` is a one-dimensional contiguous array of uint8, uint16 or uint32; numpy's unsigned
-    wrap-around is the ring. Raises `InvalidParameters` for any other array. Memory: two chunks,
-    whatever the length of the vector and the number of keys.
+    Memory: two chunks, whatever the length of the vector and the number of keys.
     """
-    if vector.dtype not in DTYPES.values() or vector.ndim != 1 or not vector.flags.c_contiguous:
-        raise InvalidParameters("masks go on a contiguous vector of uint8, uint16 or uint32")
-    per_chunk = CHUNK_BYTES // vector.dtype.itemsize
-    zeros = memoryview(bytes(CHUNK_BYTES))
-    stream = np.empty(per_chunk, dtype=vector.dtype)
-    out = memoryview(stream.data).cast("B")
-    masks = [
-        (
-            Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(),
-            np.add if k.sign > 0 else np.subtract,
-        )
-        for k in keys
-    ]
-    for start in range(0, vector.size, per_chunk):
-        part = vector[start : start + per_chunk]
-        mask, source, target = stream[: part.size], zeros[: part.nbytes], out[: part.nbytes]
-        for cipher, combine in masks:
-            cipher.update_into(source, target)
-            combine(part, mask, out=part)
+
+    def __init__(self, keys: Sequence[MaskKey]) -> None:
+        self._zeros = memoryview(bytes(CHUNK_BYTES))
+        self._stream = np.empty(CHUNK_BYTES, dtype=np.uint8)
+        self._masks = [
+            (
+                Cipher(algorithms.ChaCha20(k.key.reveal(), _COUNTER_AND_NONCE), None).encryptor(),
+                np.add if k.sign > 0 else np.subtract,
+            )
+            for k in keys
+        ]
+
+    def add_to(self, part: Vector) -> None:
+        """part ← part + the next words of all masks, in place; the keystreams move on.
+
+        `part` is a one-dimensional contiguous array of uint8, uint16 or uint32, of one dtype for
+        all parts; numpy's unsigned wrap-around is the ring. Raises `InvalidParameters` for any
+        other array.
+        """
+        if part.dtype not in DTYPES.values() or part.ndim != 1 or not part.flags.c_contiguous:
+            raise InvalidParameters("masks go on a contiguous vector of uint8, uint16 or uint32")
+        per_chunk = CHUNK_BYTES // part.dtype.itemsize
+        words, out = self._stream.view(part.dtype), memoryview(self._stream.data)
+        for start in range(0, part.size, per_chunk):
+            chunk = part[start : start + per_chunk]
+            mask, source = words[: chunk.size], self._zeros[: chunk.nbytes]
+            target = out[: chunk.nbytes]
+            for cipher, combine in self._masks:
+                cipher.update_into(source, target)
+                combine(chunk, mask, out=chunk)
+
+
+def apply_masks(vector: Vector, keys: Sequence[MaskKey]) -> None:
+    """vector ← vector + Σ sign · keystream(key) mod 2^b, in place; see `Masks.add_to`."""
+    Masks(keys).add_to(vector)

@@ -30,7 +30,8 @@ from silo.files import move
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 256 * 1024
+# The largest that the coordinator takes: the cost of a message is more than that of its bytes.
+CHUNK_BYTES = 1 << 20
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 10.0
 _CALL_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
 _FINAL = {
@@ -163,10 +164,11 @@ class Client:
         partial = target.with_name(target.name + ".partial")
         if target.exists():
             return
+        hashed = Hashed(partial)
         # A crash between the last byte and the rename leaves a partial file that is whole.
-        if not partial.exists() or await asyncio.to_thread(_sha256, partial) != sha256:
-            await self._call(lambda: self._download_once(study, sha256, partial, at_most))
-        found = await asyncio.to_thread(_sha256, partial)
+        if not partial.exists() or await asyncio.to_thread(hashed.catch_up) != sha256:
+            await self._call(lambda: self._download_once(study, sha256, hashed, at_most))
+        found = await asyncio.to_thread(hashed.catch_up)
         if found != sha256:
             partial.unlink()
             raise RefusedByCoordinator(
@@ -175,19 +177,21 @@ class Client:
             )
         await asyncio.to_thread(move, partial, target)
 
-    async def _download_once(self, study: str, sha256: bytes, partial: Path, at_most: int) -> None:
-        with open(partial, "ab") as file:
-            request = pb.DownloadRequest(study=study, sha256=sha256, offset=file.tell())
+    async def _download_once(self, study: str, sha256: bytes, hashed: Hashed, at_most: int) -> None:
+        with open(hashed.path, "ab") as file:
+            request = pb.DownloadRequest(study=study, sha256=sha256, offset=hashed.size)
             async for chunk in self._coordination.Download(request, timeout=_STREAM_SECONDS):
-                if chunk.offset != file.tell() or file.tell() + len(chunk.data) > at_most:
+                data = chunk.data
+                if chunk.offset != hashed.size or hashed.size + len(data) > at_most:
                     file.truncate(0)
                     raise RefusedByCoordinator(
                         f"artifact {sha256.hex()} is longer than the {at_most} bytes that the "
                         "plan allows, or came in the wrong order"
                     )
-                file.write(chunk.data)
+                file.write(data)
+                hashed.add(data)
             file.flush()
-            os.fsync(file.fileno())
+            await asyncio.to_thread(os.fsync, file.fileno())
 
     async def _call(self, attempt: Callable[[], Awaitable[T]]) -> T:
         delay = _FIRST_DELAY
@@ -229,9 +233,26 @@ async def _chunks(
             first, offset = False, offset + len(data)
 
 
-def _sha256(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+class Hashed:
+    """The SHA-256 of a file that grows at its end, so that nothing is read again to be hashed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """Of what was just written."""
+        self._sha256.update(data)
+        self.size += len(data)
+
+    def catch_up(self) -> bytes:
+        """The digest of the whole file, after reading what was not added; blocks."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                file.seek(self.size)
+                while data := file.read(CHUNK_BYTES):
+                    self.add(data)
+        return self._sha256.digest()
 
 
 def _describe(error: grpc.aio.AioRpcError) -> str:

@@ -6,20 +6,30 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from silo import failpoints
 from silo.errors import SiloError
 
 
-def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+def write_file(path: Path, content: bytes | memoryview, mode: int = 0o600) -> None:
     """Replace `path` by `content`; after a crash it holds either the old content or the new."""
+    with replacing(path, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the block ends, durably; where it
+    raises, `path` is what it was."""
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         failpoints.reach(f"before {_point(path)}")

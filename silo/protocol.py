@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import structlog
@@ -30,12 +29,12 @@ from secagg.events import (
     SiloEvent,
 )
 from secagg.ledger import History, SessionRecord
-from secagg.masking import DTYPES, MaskKey, apply_masks
+from secagg.masking import CHUNK_BYTES, DTYPES, MaskKey, Masks
 from secagg.primitives import SECRET_BYTES, derive
 from secagg.silo import SiloParty, SiloState, complain, resume
 from silo import failpoints
 from silo.errors import LedgerError, WorkFailed
-from silo.files import overwrite, write_file
+from silo.files import overwrite, replacing, write_file
 from silo.ledger import LedgerFile
 
 log = structlog.get_logger(__name__)
@@ -174,12 +173,22 @@ class Protocol:
         if context is None or self._vector is None:
             raise WorkFailed("there is no vector to mask: the session was opened without one")
         failpoints.reach("before-mask", context.quantity)
-        masked = np.fromfile(self._vector, dtype=DTYPES[context.ring])
-        apply_masks(masked, keys)
-        # The array's own memory is hashed and written: a copy would be another vector to hold.
-        content = cast("bytes", masked.data.cast("B"))
-        write_file(self.masked_vector(context), content)
-        return InputMasked(hashlib.sha256(content).digest(), len(content))
+        masks, digest, size = Masks(keys), hashlib.sha256(), 0
+        chunk = np.empty(CHUNK_BYTES, dtype=np.uint8)
+        words, content = chunk.view(DTYPES[context.ring]), memoryview(chunk.data)
+        with (
+            open(self._vector, "rb", buffering=0) as vector,
+            replacing(self.masked_vector(context)) as masked,
+        ):
+            # A chunk is masked, hashed and written while it is in a core's cache.
+            while got := vector.readinto(content):
+                masks.add_to(words[: got // words.itemsize])
+                digest.update(content[:got])
+                masked.write(content[:got])
+                size += got
+        if size != context.vector_bytes:
+            raise WorkFailed(f"the vector of {context.quantity} was {size} bytes when masked")
+        return InputMasked(digest.digest(), size)
 
     def settle(self, event: Settle) -> SessionRecord | None:
         """Record how a session ended; its record, or None for one that we took no part in.

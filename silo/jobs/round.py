@@ -77,7 +77,7 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
     _save(order.new_residual, encoded.residual)
     if trained.control is not None and not encoded.fault:
         _save(order.new_control, trained.control)
-    write_file(order.vector, encoded.vector.tobytes())
+    write_file(order.vector, encoded.vector.data.cast("B"))
     order.checkpoint.unlink(missing_ok=True)
     return RoundTrained(trained.loss, encoded.saturated, encoded.fault, trained.first_bad_step)
 

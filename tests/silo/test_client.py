@@ -24,7 +24,7 @@ from silo.client import CHUNK_BYTES, Client, Way
 from silo.errors import RefusedByCoordinator
 from silo.identity import _pem
 
-CONTENT = bytes(range(256)) * 4096 + b"end"
+CONTENT = bytes(range(256)) * 4096 + b"end"  # one chunk of an upload, and three bytes
 DIGEST = hashlib.sha256(CONTENT).digest()
 
 
@@ -99,7 +99,7 @@ async def test_an_upload_that_is_cut_again_and_again_sends_every_byte_once(
     flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
 ) -> None:
     service, client, seen = flaky
-    service.patience = 2
+    service.patience = 1
     (tmp_path / "vector").write_bytes(CONTENT)
     await client.upload("trial", 1, tmp_path / "vector", DIGEST)
     assert bytes(service.held) == CONTENT

@@ -197,7 +197,7 @@ def test_a_disk_that_is_full_while_the_vector_is_written_can_be_tried_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("silo.protocol.write_file", fail)
+        patched.setattr("silo.protocol.replacing", fail)
         with pytest.raises(OSError, match="No space"):
             trial.deliver(1)
     for _ in range(3):
