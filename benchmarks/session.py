@@ -179,8 +179,8 @@ def run_session(folder: Path, silos: int, channels: list[int], cold: bool) -> di
         sites.enrol()
         for name in names:
             sites.start(name)
-        study = admin.start_study(sites.coordinator_home, plan)
         memory = None if cold else Touched(silos * _TOUCHED * n)
+        study = admin.start_study(sites.coordinator_home, plan)
         sites.wait_for(study, "first model")
         if memory is not None:
             memory.let_go()

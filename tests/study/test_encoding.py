@@ -248,14 +248,14 @@ def test_arrays_and_counts_that_do_not_belong_are_refused():
 def test_clips_follow_the_largest_mean_delta_of_each_tensor():
     enc = encoding(sizes=(3, 2), clips=(1.0, 2.0))
     mean = np.array([0.25, -0.5, 0.0, 1.5, -0.25], np.float32)
-    assert next_clips(mean, enc) == (1.125, 2.25)
-    assert next_clips(mean, enc, level=0.0) == (0.75, 2.25)
+    assert next_clips(mean, enc) == (1.5, 3.0)
+    assert next_clips(mean, enc, level=0.0) == (1.0, 3.0)
 
 
 def test_a_clip_that_cuts_off_the_mean_itself_gives_more_room():
     enc = encoding(sizes=(3, 2), clips=(0.5, 2.0))
     mean = np.array([0.25, -0.5, 0.0, 1.5, -0.25], np.float32)
-    assert next_clips(mean, enc, level=0.0) == (1.5, 2.25)
+    assert next_clips(mean, enc, level=0.0) == (1.5, 3.0)
 
 
 def test_a_round_without_deltas_does_not_close_the_clips():
