@@ -14,11 +14,12 @@ import pytest
 from coordinator import admin
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
-from tests.coordinator.agent import COUNTS, TestSilo
+from tests.coordinator.agent import TestSilo
 from tests.coordinator.federation import Federation
 
 INVALID, FAILED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 DENIED = grpc.StatusCode.PERMISSION_DENIED
+SITES = ["site-1", "site-2", "site-3", "site-4"]
 
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -44,7 +45,7 @@ class Held:
         for silo in self.federation.silos.values():
             silo.start()
         plan = self.federation.plan()
-        self.study = admin.start_study(self.federation.home, plan, list(COUNTS))
+        self.study = admin.start_study(self.federation.home, plan, SITES)
         async with asyncio.timeout(20):
             await self._arrived.wait()
 
