@@ -82,7 +82,8 @@ def examine(
     yield _device(measured)
     if plan is not None and measured.device is not None:
         cost = estimate(plan, number, measured.seconds_per_step, config.resources)
-        yield from _cost(place, plan, number, measured, cost)
+        limited = config.resources.hours is not None
+        yield from _cost(place, plan, number, measured, cost, limited)
 
 
 def measure(config: SiloConfig, plan: Plan | None) -> Measured:
@@ -260,9 +261,9 @@ def _device(measured: Measured) -> Finding:
 
 
 def _cost(
-    place: SiloHome, plan: Plan, silos: int, measured: Measured, cost: Estimate
+    place: SiloHome, plan: Plan, silos: int, measured: Measured, cost: Estimate, limited: bool
 ) -> Iterator[Finding]:
-    days = f", {cost.days:.1f} days within the working hours" if cost.hours > 1 else ""
+    days = f", {cost.days:.1f} days within the working hours" if limited else ""
     yield Finding(
         "time",
         "ok",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from pathlib import Path
 
@@ -146,3 +147,60 @@ def test_contact_sheet_shows_at_most_a_hundred_images(tmp_path: Path) -> None:
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (660, 660)
         assert sheet.mode == "RGB"
+
+
+def test_volumes_in_medmnist_s_layout_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    np.savez(tmp_path / "organ3d.npz", train_images=pixels(2, 8, 8, 8))
+    with pytest.raises(DataError, match="volumes are not read: write the slices"):
+        read(tmp_path / "organ3d.npz")
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    upright = np.zeros((8, 8), dtype=np.uint8)
+    upright[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the scene is at the right of what is stored
+    Image.fromarray(np.rot90(upright, 1)).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path)[0, 0], upright)
+
+
+def archives(folder: Path) -> dict[str, bytes]:
+    """One small file of each format that holds many images."""
+    np.savez_compressed(folder / "x.npz", images=pixels(3, 8, 8), labels=np.arange(3))
+    whole = io.BytesIO()
+    Image.fromarray(pixels(1, 8, 8)[0]).save(whole, format="PNG")
+    return {
+        "x.npz": (folder / "x.npz").read_bytes(),
+        "train-images-idx3-ubyte": idx(pixels(3, 8, 8)),
+        "train-images-idx3-ubyte.gz": gzip.compress(idx(pixels(3, 8, 8))),
+        "data_batch_1.bin": bytes(3 * 3073),
+        "a.png": whole.getvalue(),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.npz",
+        "train-images-idx3-ubyte",
+        "train-images-idx3-ubyte.gz",
+        "data_batch_1.bin",
+        "a.png",
+    ],
+)
+def test_a_damaged_file_is_read_or_refused_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / "source").mkdir()
+    original, rng, refused = archives(tmp_path)[name], np.random.default_rng(4), []
+    for number in range(150):
+        content = bytearray(original)
+        for _ in range(rng.integers(1, 12)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        if number % 3 == 0:
+            del content[rng.integers(len(content)) :]
+        (tmp_path / "source" / name).write_bytes(content)
+        try:
+            read(tmp_path / "source", channels=1)
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all(str(tmp_path / "source") in said for said in refused)
