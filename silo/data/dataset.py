@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from silo.data import cifar
 from silo.data.decoding import Work, decode
-from silo.data.files import walk
+from silo.data.files import is_dicom, is_nifti, walk
 from silo.data.items import AS_THE_FILES_SAY, Reading, Skipped
 from silo.data.pixels import Pixels
 from silo.data.readers import PER_FILE, Reader, reader_of
@@ -95,10 +95,6 @@ class Dataset:
         """Names of the classes that labels count, empty where the source has numbers only."""
         return self.reader.classes(self.path)
 
-    def files(self) -> int:
-        """How many files there are to read."""
-        return sum(1 for _ in self.reader.files(self.path))
-
     def fingerprint(self) -> str:
         """A digest that changes when a file is added, removed or written, or is to be read in
         another way, without reading any."""
@@ -165,10 +161,9 @@ def _guess(path: Path) -> str:
 
 
 def _medical(file: Path) -> str | None:
-    if file.name.lower().endswith((".nii", ".nii.gz")):
+    if is_nifti(file):
         return "nifti"
-    with open(file, "rb") as stream:
-        return "dicom" if stream.read(132)[128:] == b"DICM" else None
+    return "dicom" if is_dicom(file) else None
 
 
 def _only_npz(path: Path) -> Path:

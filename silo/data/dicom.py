@@ -41,7 +41,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import JPEG2000, JPEG2000Lossless
 
-from silo.data.files import walk
+from silo.data.files import is_dicom, walk
 from silo.data.grey import eight_bits, stretch, window
 from silo.data.items import Item, Reading, Skipped, Source
 
@@ -73,12 +73,6 @@ def files(path: Path) -> Iterator[Path]:
 def classes(path: Path) -> tuple[str, ...]:
     """DICOM has no field that is a class."""
     return ()
-
-
-def is_dicom(file: Path) -> bool:
-    """Whether the file has DICOM's magic."""
-    with open(file, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -1,4 +1,4 @@
-"""The files of a folder, in one order everywhere, without holding the names of all of them."""
+"""The files of a folder in one order everywhere, and what a file is, told without its library."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def walk(path: Path) -> Iterator[Path]:
             yield from walk(path / name)
         elif (path / name).is_file():
             yield path / name
+
+
+def is_dicom(file: Path) -> bool:
+    """Whether the file has DICOM's magic."""
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def is_nifti(file: Path) -> bool:
+    """By its name."""
+    return file.name.lower().endswith((".nii", ".nii.gz"))

@@ -26,21 +26,15 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from silo.data.files import walk
+from silo.data.files import is_nifti, walk
 from silo.data.grey import eight_bits, stretch, window
 from silo.data.items import Item, Reading, Skipped, Source
 
 Volume = NDArray[np.float64]
 
-_SUFFIXES = (".nii", ".nii.gz")
 _AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 _LARGEST_VOLUME = 1 << 30  # voxels; a header that says more is damaged
 _DAMAGED = "cannot be read as NIfTI: damaged, or cut short"
-
-
-def is_nifti(file: Path) -> bool:
-    """By its name."""
-    return file.name.lower().endswith(_SUFFIXES)
 
 
 def files(path: Path) -> Iterator[Path]:

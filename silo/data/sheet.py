@@ -16,8 +16,8 @@ def write_sheet(
     images: NDArray[np.uint8], path: Path, *, most: int = 100, columns: int = 10, tile: int = 64
 ) -> None:
     """At most `most` evenly spaced images of uint8 (n, 1 or 3, h, w) as one PNG."""
-    step = max(1, len(images) // most)
-    chosen = images[::step][:most]
+    count = min(most, len(images))
+    chosen = images[np.linspace(0, len(images) - 1, count).astype(int)]
     channels, rows = chosen.shape[1], math.ceil(len(chosen) / columns)
     cell = tile + _GAP
     sheet = Image.new("L" if channels == 1 else "RGB", (columns * cell, rows * cell), "white")

@@ -113,6 +113,25 @@ def test_an_institution_sets_up_and_looks_at_its_data(tmp_path: Path) -> None:
     assert run("silo", "status", "--home", home).output == "the agent has not run yet\n"
 
 
+def test_check_counts_classes_and_reasons(tmp_path: Path) -> None:
+    folder, home = tmp_path / "images", tmp_path / "silo"
+    for name, count in (("benign", 3), ("malignant", 2)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (12, 12), 40 * number).save(folder / name / f"{number}.png")
+        (folder / name / "notes.txt").touch()
+    run("silo", "init", "st-marys", "--data", folder, "--home", home)
+    checked = run("silo", "check", "--image-size", "8", "--home", home)
+    assert checked.exit_code == 0, checked.output
+    lines = [line.strip() for line in checked.output.splitlines()]
+    assert "3  benign" in lines
+    assert "2  malignant" in lines
+    assert "5  12×12×1" in lines
+    assert lines.index("2  neither PNG nor JPEG") + 1 == lines.index(
+        "benign/notes.txt, malignant/notes.txt"
+    )
+
+
 def test_an_empty_data_folder_is_told_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     home = tmp_path / "silo"

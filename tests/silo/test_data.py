@@ -149,6 +149,15 @@ def test_contact_sheet_shows_at_most_a_hundred_images(tmp_path: Path) -> None:
         assert sheet.mode == "RGB"
 
 
+def test_contact_sheet_goes_from_the_first_image_to_the_last(tmp_path: Path) -> None:
+    images = np.zeros((150, 1, 8, 8), dtype=np.uint8)
+    images[0], images[-1] = 100, 200
+    write_sheet(images, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.getpixel((10, 10)) == 100
+        assert sheet.getpixel((9 * 66 + 10, 9 * 66 + 10)) == 200
+
+
 def test_volumes_in_medmnist_s_layout_are_refused_with_what_to_write(tmp_path: Path) -> None:
     np.savez(tmp_path / "organ3d.npz", train_images=pixels(2, 8, 8, 8))
     with pytest.raises(DataError, match="volumes are not read: write the slices"):
