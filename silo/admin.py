@@ -26,7 +26,7 @@ from silo.files import make_folder, read_json, write_file
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, load_or_make_identity
 from silo.ledger import LedgerFile
-from silo.offers import Terms, offered_terms, pinned_terms, record, stored_decision
+from silo.offers import Terms, offered_terms, other_studies, pinned_terms, record, stored_decision
 
 _CONFIG = """\
 # What this institution brings to a study, and what it allows a study to ask for.
@@ -254,12 +254,18 @@ def _roster_text(study: StudyHome) -> str:
 def _described(study: StudyHome, terms: Terms, state: str) -> str:
     group = terms.roster
     members = "\n".join(f"    {i:3}  {group.member(i).name}" for i in group.indices)
+    others = ", ".join(other_studies(study))
+    warning = (
+        f"\n  This site has accepted other studies ({others}): a study centre that lies can\n"
+        "  compare the sums of both, and so learn this site's count and feature moments."
+    )
     return (
         f"{study.name}: {terms.plan.study.title} ({state})\n"
         f"  epoch {group.epoch}, {group.size} silos, threshold {group.threshold}, "
         f"{group.colluders} colluders tolerated\n{members}\n"
         f"  fingerprint  {group.fingerprint}\n"
         "  Compare the fingerprint with the other sites, by phone, before you approve."
+        f"{warning if others else ''}"
     )
 
 

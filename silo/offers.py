@@ -119,7 +119,13 @@ def decide(study: StudyHome, terms: Terms, config: SiloConfig, identity: bytes) 
 
 def _first(study: StudyHome) -> bool:
     """Whether this site has accepted nothing so far."""
-    return not any(study.path.parent.glob("*/roster"))
+    return not study.roster.exists() and not other_studies(study)
+
+
+def other_studies(study: StudyHome) -> list[str]:
+    """The studies that this site has accepted beside this one, by name."""
+    accepted = (path.parent.name for path in study.path.parent.glob("*/roster"))
+    return sorted(name for name in accepted if name != study.name)
 
 
 def _rolls_back(pinned: Roster, offered: Roster) -> bool:

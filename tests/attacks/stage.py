@@ -237,7 +237,8 @@ class Stage:
 
     async def settle(self) -> Certificate:
         """The certificate goes to everybody."""
-        certificate: Certificate = self.session.certificate  # type: ignore[attr-defined]
+        assert isinstance(self.session, coordinator.Summed)
+        certificate = self.session.certificate
         said = await self.ask(Settle(certificate))
         assert said.refusals == []
         for peer in self.peers.values():

@@ -15,6 +15,7 @@ from secagg.errors import Reason
 from secagg.events import Adverts, Confirmations, Headers, Open, Survivors
 from secagg.messages import Header, Step
 from secagg.roster import Member, Roster
+from silo import admin
 from study.quantity import CensusWork
 from tests.attacks.stage import ME, OTHERS, STUDY, Stage
 
@@ -83,6 +84,7 @@ async def test_a_second_study_is_never_accepted_without_a_person(fresh: Stage) -
     task.study = "again"
     assert await fresh.liar.offer(task) is None
     assert not (fresh.victim.home / "studies" / "again" / "roster").exists()
+    assert "other studies (trial)" in admin.roster(fresh.victim.home, "again")
 
 
 # --- one silo is shown another session than it agreed to

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ _DONE = re.compile(r"^Done (\d+) (?:runs )?in (\d+) second", re.MULTILINE)
 
 def main(target: str, seconds: str = "20") -> int:
     """Each target in a process of its own, which libFuzzer ends as it likes."""
-    try:
-        import atheris  # noqa: F401 - only whether it is there
-    except ImportError:
+    if find_spec("atheris") is None:
         print(
             "atheris is not installed for this Python (it has wheels for Linux and CPython 3.11 "
             "to 3.13 only); tests/fuzz/test_parsers.py goes through the same targets with "

@@ -86,6 +86,7 @@ async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
         text = admin.roster(homes["north"])
         assert "waits for approval" in text
         assert admin.approve(homes["north"], study).roster.fingerprint in text
+        assert "other studies" not in text
         admin.decline(homes["east"], study, "the ethics committee meets in May")
         expected = {"east": "declined", "north": "accepted", "south": "declined"}
         await until(lambda: answers(centre) == expected)

@@ -14,7 +14,7 @@ from silo.config import Approval, Data, Policy, SiloConfig, Site
 from silo.files import write_file
 from silo.home import SiloHome, StudyHome
 from silo.model_size import parameter_count
-from silo.offers import BadOffer, Terms, decide, parse_terms, pin, record
+from silo.offers import BadOffer, Terms, decide, other_studies, parse_terms, pin, record
 from silo.policy import check_study
 from tests.silo.studies import make_plan, make_roster
 
@@ -135,6 +135,8 @@ def test_automatic_approval_is_for_the_first_study_of_a_site_only(study: StudyHo
     another = SiloHome(study.path.parent.parent).study("another")
     terms = Terms(PLAN, replace(ROSTER, study="another"))
     assert decide(another, terms, config(automatic=True), IDENTITY) is None
+    assert other_studies(another) == ["trial"]
+    assert other_studies(study) == []
 
 
 def test_a_roster_never_rolls_back(study: StudyHome) -> None:
