@@ -166,7 +166,9 @@ class CoordinationService(CoordinationServicer):
             live = self._studies.get(request.study, caller.site)
             store, sha256 = self._tools.store, request.sha256
             size = await store.do(records.published_size, live.id, sha256)
-            if size is None or request.offset > size:
+            # The file goes before its row, when no step reads it any more.
+            there = self._tools.artifacts.path(sha256).exists()
+            if size is None or request.offset > size or not there:
                 raise NotFound(
                     f"study '{live.id}' has no artifact {sha256.hex()} with byte {request.offset}"
                 )

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,19 @@ class Served(Federation):
             if self.coordinator is not None and self.coordinator.ended:
                 self.deaths.append(self.coordinator.process.returncode)
                 del self.points[:1]
-                self.coordinator = Coordinator(self.home, self.log, self._environment)
+                self.coordinator = None
+            if self.coordinator is None:
+                # A machine with too much to do refuses a new process now and then.
+                with suppress(BlockingIOError):
+                    self.coordinator = Coordinator(self.home, self.log, self._environment)
+
+    async def until(self, check: Callable[[], Any], seconds: float = 30.0) -> Any:
+        return await super().until(lambda: self._alive() and check(), seconds)
+
+    def _alive(self) -> bool:
+        if self._reviving is not None and self._reviving.done():
+            self._reviving.result()  # raises what went wrong
+        return True
 
     @property
     def _environment(self) -> dict[str, str]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
+from coordinator import admin, failpoints, registry, schema
+from coordinator.config import Home
+from coordinator.store import Store, verify_log
 from tests.coordinator.walk import study
 
 NAMES = ["site-1", "site-2", "site-3", "site-4"]
@@ -34,3 +41,36 @@ async def test_a_study_whose_coordinator_is_killed_again_and_again_sums_everybod
     assert outcome.left == []
     assert outcome.deaths == [-signal.SIGKILL] * len(POINTS)
     assert outcome.sums == {"census 1": (1, NAMES), "round 1": (2, NAMES), "round 2": (3, NAMES)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_command_that_is_killed_at_its_commit_can_be_given_again(
+    tmp_path: Path, place: str
+) -> None:
+    home = tmp_path / "coordinator"
+    admin.init(home, "127.0.0.1:7443")
+    store = Store(Home(home).database(Home(home).config()))
+    for point, wanted in (("invite", "invited"), ("approve", "approved"), ("revoke", "revoked")):
+        command = ["coordinator", point, "st-marys"]
+        if point == "approve":
+            store.run(registry.join, "st-marys", _token(store), b"request", b"identity", "1")
+        killed = _concilium(home, command, {failpoints.VARIABLE: f"{place} {point}"})
+        assert killed == -signal.SIGKILL
+        assert _concilium(home, command, {}) == 0
+        assert store.run(registry.site, "st-marys").status == wanted
+        assert store.run(verify_log) > 0
+    store.close()
+
+
+def _token(store: Store) -> str:
+    return store.run(lambda c: str(c.execute(select(schema.sites.c.token)).scalar_one()))
+
+
+def _concilium(home: Path, command: list[str], environment: dict[str, str]) -> int:
+    return subprocess.run(
+        [sys.executable, "-m", "concilium", *command, "--home", str(home)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+    ).returncode

@@ -172,7 +172,7 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
     np.savez(data, images=rng.integers(0, 256, (30, 8, 8), dtype=np.uint8))
     admin.init(home, name=NAME, data=data, format="npz", threads=1, automatic=True)
     agent = Agent(home, points, record)
-    async with Federation(folder, absent_after=30.0) as federation:
+    async with Federation(folder, absent_after=1800.0) as federation:
         await federation.join(*OTHERS)
         watch = Watch(home, Home(federation.home).artifacts)
         store = Store(Home(federation.home).database(Home(federation.home).config()))
@@ -186,7 +186,7 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
         tasks.append(asyncio.create_task(watch.messages_seen(store)))
         for silo in federation.silos.values():
             silo.start()
-        plan = federation.plan(2, 60.0, MORE.format(sha256=FEATURE_NETWORKS["digits"].sha256))
+        plan = federation.plan(2, 1800.0, MORE.format(sha256=FEATURE_NETWORKS["digits"].sha256))
         plan.write_text(plan.read_text().replace("image_size = 4", "image_size = 8"))
         name = centre.start_study(federation.home, plan)
         limit = 900 + 60 * len(points)
