@@ -2,14 +2,14 @@
 
     python -m benchmarks.fedddpm digits              run what is missing; then the table and picture
     python -m benchmarks.fedddpm digits --report     the table and the picture of what was run
-    python -m benchmarks.fedddpm fashion-mnist
+    python -m benchmarks.fedddpm fashion-mnist --seeds 1
 
 Each name is a file of benchmarks/studies/, which `concilium simulate` could run as well. Every run
 leaves benchmarks/results/fedddpm/NAME/RUN-SEED.json; a run that is there is not repeated. Models
 and deltas are kept in build/fedddpm/ (`--work`), so that a benchmark that was killed goes on where
-it was. The report is NAME/table.md and NAME/ratios.json beside the runs, and
-docs/images/fedddpm-NAME.png; docs/fedddpm.md includes the tables. matplotlib draws the picture
-(dependency group `benchmark`).
+it was; processes with different `--seeds` may run at the same time. The report is NAME/table.md and
+NAME/ratios.json beside the runs, and docs/images/fedddpm-NAME.png; docs/fedddpm.md includes the
+tables. matplotlib draws the picture (dependency group `benchmark`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import os
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from concilium.simulate.spec import load_sweep
 from concilium.simulate.sweep import identity_of, run_points
+from study.strategies import FedDDPMPlus, RoundRecord
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fedddpm"
@@ -33,14 +34,15 @@ DOCS = HERE.parent / "docs"
 
 BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
 PLUS, PAPER = "fedddpm-plus", "fedddpm"
+UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
 DRAWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, "central", "auxiliary")
 
 Json = dict[str, Any]
 Runs = dict[str, list[Json]]
 
 
-def run(name: str, work: Path, limit: int | None = None) -> int:
-    """Run what is missing of the study (at most `limit` runs), one JSON each; how many were."""
+def run(name: str, work: Path, seeds: tuple[int, ...], limit: int | None) -> None:
+    """Run what is missing of the study with these seeds (at most `limit` runs), one JSON each."""
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     sweep = load_sweep(HERE / "studies" / f"{name}.toml")
@@ -53,6 +55,8 @@ def run(name: str, work: Path, limit: int | None = None) -> int:
     for point in sweep.points():
         if done == limit:
             break
+        if seeds and point.seed not in seeds:
+            continue
         path = folder / f"{point.label}.json"
         if path.exists() and json.loads(path.read_text("utf-8"))["identity"] == identity_of(point):
             continue
@@ -67,14 +71,14 @@ def run(name: str, work: Path, limit: int | None = None) -> int:
             }
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
         done += 1
-    return done
 
 
 def report(name: str) -> None:
     """The table, the ratios and the picture of the runs that are there."""
     runs = _runs(name)
     folder = RESULTS / name
-    (folder / "table.md").write_text(table(runs) + "\n" + ratios_table(ratios(runs)), "utf-8")
+    parts = [table(runs), ratios_table(ratios(runs)), trigger_table(runs.get(UNCORRECTED, []))]
+    (folder / "table.md").write_text("\n".join(part for part in parts if part), "utf-8")
     (folder / "ratios.json").write_text(json.dumps(ratios(runs), indent=2) + "\n", "utf-8")
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
     _include(name, (folder / "table.md").read_text("utf-8"))
@@ -203,6 +207,43 @@ def ratios_table(found: Json) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trigger_table(runs: list[Json]) -> str:
+    """In which round the first correction comes, by signal, W and τ, one number per seed.
+
+    Until then every such run is the run without corrections: so it is read off that one's losses.
+    """
+    if not runs:
+        return ""
+    lines = ["", "| signal | W | " + " | ".join(f"τ = {tau}" for tau in _TAUS) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(_TAUS))
+    for signal in ("auxiliary", "silos"):
+        for window in (1, 2, 3, 5):
+            cells = [
+                ", ".join(_first_correction(run, signal, window, tau) for run in runs)
+                for tau in _TAUS
+            ]
+            lines.append(f"| {signal} | {window} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_TAUS = (0.02, 0.05, 0.1, 0.2)
+
+
+def _first_correction(
+    run: Json, signal: Literal["auxiliary", "silos"], window: int, tau: float
+) -> str:
+    rule = FedDDPMPlus(window=window, tau=tau, signal=signal, correct_last=False)
+    silo = {e["round"]: e["loss"] for e in run["events"] if e["event"] == "round"}
+    history: list[RoundRecord] = []
+    for event in run["events"]:
+        if event["event"] == "decision":
+            number = event["round"]
+            history.append(RoundRecord(number, event["loss"], silo_loss=silo[number]))
+            if rule.decide(history).correct:
+                return str(number)
+    return "–"
+
+
 def draw(runs: Runs, path: Path) -> None:
     """FID by round: the mean over the seeds, and the range of the seeds as a band."""
     import matplotlib
@@ -244,12 +285,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=names)
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these")
     parser.add_argument("--limit", type=int, help="stop after so many runs")
     parser.add_argument("--work", type=Path, default=Path("build/fedddpm"), help="kept results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if not arguments.report:
-        run(arguments.study, arguments.work, arguments.limit)
+        run(arguments.study, arguments.work, tuple(arguments.seeds), arguments.limit)
     report(arguments.study)
 
 

@@ -144,8 +144,8 @@ def identity_of(point: Point) -> str:
     return digest_of(
         {
             "training": point.training,
-            "plan": point.plan.model_dump(mode="json", exclude_defaults=True),
-            "simulation": point.simulation.model_dump(mode="json", exclude_defaults=True),
+            "plan": point.plan.model_dump(mode="json", exclude_unset=True),
+            "simulation": point.simulation.model_dump(mode="json", exclude_unset=True),
             "seed": point.seed,
         }
     )
