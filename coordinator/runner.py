@@ -293,6 +293,7 @@ class Runner:
         correction = self._plan.strategy.correction
         assert correction is not None  # noqa: S101 - decided by the same strategy
         await self._stage(f"round {number} of {self._plan.rounds.count}: correction")
+        last = number == self._plan.rounds.count
         path, out = self._tools.artifacts.path, self._scratch("corrected.f32")
         training = await self._worker.run(
             jobs.correct,
@@ -301,9 +302,9 @@ class Runner:
             path(bytes.fromhex(step["model"])),
             path(bytes.fromhex(auxiliary["training"])),
             self._labels(auxiliary, "training"),
-            correction.steps,
+            correction.steps_in(last),
             correction.learning_rate,
-            correction.averages(last=number == self._plan.rounds.count),
+            correction.averages(last),
             number,
             out,
         )

@@ -114,8 +114,8 @@ class Study:
                 model, record, lines = self._decide(number, model, auxiliary, history, loss)
                 history.append(record)
                 yield from lines
-                if record.corrected and plan.strategy.correction:
-                    steps["correction_steps"] += plan.strategy.correction.steps
+                for line in lines:
+                    steps["correction_steps"] += line.get("steps", 0)
             self.model = model
             if self._is_evaluated(number):
                 measured = self._ruler.of_model(model)
@@ -259,7 +259,7 @@ class Study:
             {
                 "event": "correction",
                 "round": number,
-                "steps": correction.steps,
+                "steps": correction.steps_in(last),
                 "training_loss": float(corrected["loss"]),
                 "loss_after": after,
             }
@@ -293,13 +293,14 @@ class Study:
         plan, correction = self._plan, self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
-        average = correction.averages(last=number == plan.rounds.count)
+        last = number == plan.rounds.count
+        steps, average = correction.steps_in(last), correction.averages(last)
         inputs = {
             **self._common,
             "what": "correction",
             "given": digest_array(model, training),
             "optimizer": plan.optimizer.model_dump(mode="json"),
-            "correction": [correction.steps, correction.learning_rate, average],
+            "correction": [steps, correction.learning_rate, average],
             "seed": plan.study.seed + number,
         }
 
@@ -309,7 +310,7 @@ class Study:
             result = calibrate(
                 network,
                 training,
-                steps=correction.steps,
+                steps=steps,
                 learning_rate=correction.learning_rate,
                 schedule=plan.schedule,
                 objective=plan.objective,

@@ -35,11 +35,17 @@ class Correction:
     """How the coordinator optimises the aggregate on the auxiliary set when it is told to."""
 
     steps: int
+    last_steps: int
+    """Steps of a correction after the last round."""
     learning_rate: float
     held_out: float
     """Share of the auxiliary images that correction never sees: the trigger watches these."""
     average: Averages = "last"
     """In which rounds the corrected model is the moving average of the correction's weights."""
+
+    def steps_in(self, last: bool) -> int:
+        """Steps in a round that is the last one, or is not."""
+        return self.last_steps if last else self.steps
 
     def averages(self, last: bool) -> bool:
         """Whether that is so in a round that is the last one, or is not."""

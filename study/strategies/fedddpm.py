@@ -24,6 +24,10 @@ class Corrected(Strategy):
     correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """K: optimiser steps per correction."""
 
+    last_correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """K of a correction after the last round; absent = the same. What is done then is not undone by
+    the silos' next local steps."""
+
     correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
     """AdamW's step size in a correction; about half of the silos' (docs/fedddpm.md)."""
 
@@ -38,6 +42,7 @@ class Corrected(Strategy):
     def correction(self) -> Correction:
         return Correction(
             self.correction_steps,
+            self.last_correction_steps or self.correction_steps,
             self.correction_learning_rate,
             self.held_out,
             self.correction_average,

@@ -6,8 +6,9 @@ in every round (common random numbers), and r' the completed round W before r:
 
     improvement = (L_{r'} − L_r) / L_{r'}                learning is slow when improvement < τ
 
-One correction, then W completed rounds without one. Thus no window holds a correction: the two
-losses compared are always those of aggregates between which nothing but federated rounds happened.
+One correction, then C ≥ W completed rounds without one (the cool-down). Thus no window holds a
+correction: the two losses compared are always those of aggregates between which nothing but
+federated rounds happened.
 With `correct_last` the aggregate of the last round is corrected in any case.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
@@ -20,9 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from study.strategies.base import Decision, RoundRecord
 from study.strategies.fedddpm import Corrected
@@ -37,7 +38,10 @@ class FedDDPMPlus(Corrected):
     """Correct the aggregate only when learning is slow."""
 
     window: Annotated[int, Field(ge=1, le=10_000)] = 3
-    """W: rounds an improvement is measured over, and rounds to wait after a correction."""
+    """W: rounds an improvement is measured over."""
+
+    cool_down: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """C: rounds to wait after a correction, at least W; absent = W."""
 
     tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.1
     """τ: the relative improvement over W rounds below which learning is slow."""
@@ -48,16 +52,26 @@ class FedDDPMPlus(Corrected):
     correct_last: bool = True
     """Whether the aggregate of the last round is corrected, however fast learning is."""
 
+    @model_validator(mode="after")
+    def _no_window_spans_a_correction(self) -> Self:
+        if self.cool_down is not None and self.cool_down < self.window:
+            raise ValueError(
+                f"cool_down = {self.cool_down} is shorter than window = {self.window}: an "
+                "improvement would be measured across a correction; use at least the window"
+            )
+        return self
+
     def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether learning is slow; the numbers: both losses, their rounds, improvement, W, τ."""
         W = self.window
+        C = W if self.cool_down is None else self.cool_down
         numbers: dict[str, float] = {"window": W, "tau": self.tau}
         if last and self.correct_last:
             return Decision(True, "the last round is corrected in any case", numbers)
         since = next((k for k, record in enumerate(reversed(history)) if record.corrected), None)
-        if since is not None and since <= W:
-            numbers["rounds_since_correction"] = since
-            return Decision(False, f"waits {W} rounds after a correction, {since} passed", numbers)
+        if since is not None and since <= C:
+            numbers |= {"rounds_since_correction": since, "cool_down": C}
+            return Decision(False, f"waits {C} rounds after a correction, {since} passed", numbers)
         if len(history) <= W:
             numbers["rounds_completed"] = len(history)
             return Decision(False, f"needs {W + 1} completed rounds, has {len(history)}", numbers)

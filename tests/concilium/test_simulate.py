@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import fedddpm
 from concilium.datasets import digits
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
@@ -142,6 +143,35 @@ def test_every_decision_is_told_with_its_numbers(table: dict[str, list[dict[str,
     corrections = [line for line in table["fedddpm-3"] if line["event"] == "correction"]
     assert [c["steps"] for c in corrections] == [2, 2]
     assert table["fedddpm-3"][-1]["correction_steps"] == 4
+
+
+def test_the_benchmark_s_table_and_ratios_are_those_of_the_runs(
+    table: dict[str, list[dict[str, Any]]],
+) -> None:
+    names = {"plus": fedddpm.PLUS}
+    runs = {names.get(name, name): [{"seed": 3, "events": table[f"{name}-3"]}] for name in ALL}
+    rows = fedddpm.table(runs).splitlines()
+    assert len(rows) == 2 + 1 + len(ALL), "a head, the auxiliary set itself, one row for each run"
+    fid = {name: lines[-1]["fid"] for name, lines in table.items()}
+    assert f"{fid['fedavg-3']:.3f}" in next(row for row in rows if row.startswith("| fedavg "))
+    found = fedddpm.ratios(runs)
+    best = min(fid[f"{name}-3"] for name in fedddpm.BASELINES)
+    assert found["fid_vs_best_baseline"] == pytest.approx(fid["plus-3"] / best)
+    assert found["plus_steps_vs_fedddpm"] == 3 / 4
+    assert "`fid_vs_best_baseline`" in fedddpm.ratios_table(found)
+
+
+def test_the_first_correction_is_read_off_a_run_without_any() -> None:
+    losses = [1.0, 0.5, 0.38, 0.37, 0.365]
+    events = []
+    for number, loss in enumerate(losses, 1):
+        events.append({"event": "round", "round": number, "loss": 1.0 / number})
+        events.append({"event": "decision", "round": number, "loss": loss})
+    rows = fedddpm.trigger_table([{"events": events}]).splitlines()
+    cells = {row.split("|")[1].strip() + row.split("|")[2].strip(): row for row in rows[3:]}
+    # W = 1: improvements of 50, 24, 2.6 and 1.4 % in rounds 2 to 5, against τ = 2, 5, 10 and 20 %.
+    assert [cell.strip() for cell in cells["auxiliary1"].split("|")[3:-1]] == ["5", "4", "4", "4"]
+    assert [cell.strip() for cell in cells["silos1"].split("|")[3:-1]] == ["–", "–", "–", "5"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(

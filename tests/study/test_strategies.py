@@ -194,3 +194,20 @@ def test_the_silos_loss_is_watched_where_the_plan_says_so():
 def test_a_correction_is_averaged_in_the_rounds_that_the_plan_says(average, middle, end):
     correction = FedDDPM(correction_average=average).correction
     assert (correction.averages(last=False), correction.averages(last=True)) == (middle, end)
+
+
+def test_a_cool_down_may_be_longer_than_the_window_but_not_shorter():
+    patient = FedDDPMPlus(window=1, tau=0.05, cool_down=3)
+    fired = []
+    for r in range(1, 9):
+        if patient.decide(history(*[1.0] * r, corrected=tuple(fired))).correct:
+            fired.append(r)
+    assert fired == [2, 6]
+    with pytest.raises(ValueError, match="cool_down = 1 is shorter than window = 2"):
+        FedDDPMPlus(window=2, cool_down=1)
+
+
+def test_the_last_correction_may_be_longer():
+    correction = FedDDPMPlus(correction_steps=10, last_correction_steps=30).correction
+    assert (correction.steps_in(last=False), correction.steps_in(last=True)) == (10, 30)
+    assert FedDDPM(correction_steps=10).correction.steps_in(last=True) == 10
