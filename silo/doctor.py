@@ -81,7 +81,7 @@ def examine(
     measured = measure(config, plan)
     yield _device(measured)
     if plan is not None and measured.device is not None:
-        cost = estimate(plan, number, measured.seconds_per_step, config.resources)
+        cost = estimate(plan, number, measured, config.resources)
         limited = config.resources.hours is not None
         yield from _cost(place, plan, number, measured, cost, limited)
 
@@ -101,7 +101,7 @@ def measure(config: SiloConfig, plan: Plan | None) -> Measured:
     try:
         return asyncio.run(ask())
     except SiloError as error:
-        return Measured(None, str(error), 0.0, 0)
+        return Measured(None, str(error))
 
 
 def _plan(

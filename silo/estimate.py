@@ -6,9 +6,11 @@ P parameters (times the strategy's parts), ring b and N silos a round costs
     up      P·b/8 + 2,593·N + 780                          the masked vector, and messages
     down    4·P   + 154·N² + 4,142·N − 1,161               the input model, and messages
 
-The sizes of messages are those of a session in which nobody is missing (keys, shares and headers to
-and from every other silo), counted in tests/silo/test_estimate.py. A site that waits asks again
-every 20 seconds; one that computes reports every two.
+The sizes of messages are those of a session in which nobody is missing (keys, shares and headers
+to and from every other silo), counted in tests/silo/test_estimate.py. What goes on between sessions
+was counted at a proxy, TLS included: a report of progress (every 2 s of computing), a look whether
+the session still wants this site (every 5 s; the answer repeats what is asked, 28 bytes a tensor),
+and a long poll of 20 s for offers.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from silo.config import Resources
 from silo.hours import Hours
 from silo.model_size import parameter_count
+from silo.orders import Measured
 from silo.policy import training_steps
 from study.plan import Plan
 from study.quantity import (
@@ -34,8 +37,6 @@ from study.quantity import (
     moments_encoding,
 )
 
-_WAITING_PER_HOUR = 2 * 180 * 500  # two long polls, each some 500 bytes with everything around it
-_COMPUTING_PER_HOUR = 1800 * 450 + 720 * 400  # a report every 2 s, a look every 5 s
 _TRANSPORT = 1.01  # TLS records, HTTP/2 frames, chunks
 _FORWARD = 1 / 3  # of a training step: forward, and backward at twice its cost
 _FEATURES = 64
@@ -56,6 +57,12 @@ class Traffic:
         return Traffic(self.up * times, self.down * times)
 
 
+_REPORT, _REPORTS_PER_HOUR = Traffic(111, 110), 1800
+_LOOK, _LOOKS_PER_HOUR = Traffic(80, 600), 720
+_POLL, _POLLS_PER_HOUR = Traffic(180, 225), 180
+_PER_TENSOR = 28
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A whole study at this site, if nothing has to be repeated."""
@@ -69,16 +76,20 @@ class Estimate:
     """Bytes in the agent's folder, without the cache of the images."""
 
 
-def estimate(plan: Plan, silos: int, seconds_per_step: float, resources: Resources) -> Estimate:
-    """The cost of `plan` among `silos`, given what one training step takes here."""
-    hours = computing_seconds(plan, silos, seconds_per_step) / 3600
-    # Sessions are short beside training; a site waits for the slowest, perhaps as long again.
-    spent = hours * _COMPUTING_PER_HOUR + hours * _WAITING_PER_HOUR
-    traffic = transfers(plan, silos) + Traffic(0.7, 0.3) * spent
+def estimate(plan: Plan, silos: int, measured: Measured, resources: Resources) -> Estimate:
+    """The cost of `plan` among `silos`, given what was measured on this machine."""
+    hours = computing_seconds(plan, silos, measured.seconds_per_step) / 3600
+    traffic = transfers(plan, silos) + between_sessions(measured.tensors) * hours
     parameters = parameter_count(plan.model) * plan.strategy.parts
     # Input model, vector, masked vector, residuals old and new, checkpoint of four vectors.
     disk = parameters * (4 + 2 * plan.secure_sum.ring / 8 + 2 * 4 + 4 * 4)
     return Estimate(traffic, hours, hours / _open_hours(resources), disk)
+
+
+def between_sessions(tensors: int) -> Traffic:
+    """An hour of computing. Sessions are short beside it, and waiting costs less."""
+    looks = (_LOOK + Traffic(0, _PER_TENSOR * tensors)) * _LOOKS_PER_HOUR
+    return _REPORT * _REPORTS_PER_HOUR + looks + _POLL * _POLLS_PER_HOUR
 
 
 def transfers(plan: Plan, silos: int) -> Traffic:

@@ -211,6 +211,8 @@ class Measured:
     device: str | None
     trouble: str
     """Why there is no device."""
-    seconds_per_step: float
-    peak_mib: int
+    seconds_per_step: float = 0.0
+    tensors: int = 0
+    """Of the plan's model."""
+    peak_mib: int = 0
     """Most memory of the process."""

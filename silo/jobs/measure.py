@@ -7,8 +7,10 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffusion.execution import Execution
+from diffusion.model import parameter_layout
 from diffusion.training import train
 from silo.jobs.training import execution_of, first_model
 from silo.orders import Measured, MeasureTraining
@@ -23,17 +25,20 @@ def measure_training(order: MeasureTraining, progress: ProgressFile) -> Measured
     try:
         execution = execution_of(order.machine)
     except ValueError as error:
-        return Measured(None, str(error), 0.0, 0)
-    seconds = 0.0
+        return Measured(None, str(error))
+    seconds, tensors = 0.0, 0
     if order.plan is not None:
-        seconds = _seconds_per_step(load_plan(order.plan), order, execution)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Measured(_name(execution), "", seconds, peak // 1024)
+        plan = load_plan(order.plan)
+        model = first_model(plan)
+        tensors = len(parameter_layout(model))
+        seconds = _seconds_per_step(model, plan, order.machine.processes, execution)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return Measured(_name(execution), "", seconds, tensors, peak)
 
 
-def _seconds_per_step(plan: Plan, order: MeasureTraining, execution: Execution) -> float:
+def _seconds_per_step(model: nn.Module, plan: Plan, processes: int, execution: Execution) -> float:
     """Of one process with its share of the batch."""
-    batch = max(1, plan.optimizer.batch_size // order.machine.processes)
+    batch = max(1, plan.optimizer.batch_size // processes)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *plan.data.shape), dtype=np.uint8)
     labels = None
@@ -41,7 +46,7 @@ def _seconds_per_step(plan: Plan, order: MeasureTraining, execution: Execution) 
         labels = rng.integers(0, plan.model.classes, batch)
     ends: list[float] = []
     train(
-        first_model(plan),
+        model,
         images,
         labels=labels,
         steps=_STEPS,

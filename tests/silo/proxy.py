@@ -34,7 +34,7 @@ class ConnectProxy:
         task = asyncio.current_task()
         assert task is not None
         self._lines.add(task)
-        with suppress(OSError, asyncio.IncompleteReadError):
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             await self._answer(reader, writer)
         writer.close()
         self._lines.discard(task)

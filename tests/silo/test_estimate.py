@@ -11,6 +11,7 @@ from coordinator import admin as centre_admin
 from secagg.events import Adverts, Confirmations, Headers, Settle, SiloEvent
 from silo.config import Resources
 from silo.estimate import computing_seconds, estimate, messages
+from silo.orders import Measured
 from study.plan import load_plan
 from tests.secagg.world import make_world
 from tests.silo.centre import AgentProcess, Centre, enrol, make_site, stop_all
@@ -51,8 +52,9 @@ def test_hours_are_those_of_every_step_and_days_those_of_the_night() -> None:
     steps = 3 + 3 * 2
     samples = 24 / 4 * 1.125 * 2 / 3 / 8
     assert computing_seconds(plan, 4, 1.0) == pytest.approx(steps + samples)
-    always = estimate(plan, 4, 3600.0, Resources())
-    nights = estimate(plan, 4, 3600.0, Resources(hours="20:00-04:00"))
+    slow = Measured("cpu", "", seconds_per_step=3600.0, tensors=50)
+    always = estimate(plan, 4, slow, Resources())
+    nights = estimate(plan, 4, slow, Resources(hours="20:00-04:00"))
     assert always.hours == nights.hours
     assert nights.days == pytest.approx(3 * always.days)
 
@@ -80,7 +82,6 @@ async def test_a_study_costs_the_bytes_that_were_estimated(tmp_path: Path) -> No
         stop_all(agents)
         await proxy.stop()
         await centre.stop()
-    expected = estimate(plan, 3, 0.1, Resources()).traffic
-    print(proxy.up, expected.up, proxy.down, expected.down)
+    expected = estimate(plan, 3, Measured("cpu", "", 0.1, 50), Resources()).traffic
     assert proxy.up == pytest.approx(expected.up, rel=0.1)
     assert proxy.down == pytest.approx(expected.down, rel=0.1)
