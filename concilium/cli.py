@@ -22,6 +22,7 @@ _GROUPS = {
     "coordinator": ("concilium.commands.coordinator", "The service of a study centre."),
     "silo": ("concilium.commands.silo", "The agent of an institution."),
     "study": ("concilium.commands.study", "Check, start, pause, stop and list studies."),
+    "audit": ("concilium.commands.audit", "Verify or export the study centre's audit log."),
     "sample": ("concilium.commands.sample", "Draw images from a model folder."),
     "simulate": ("concilium.commands.simulate", "Many silos in one process, for sweeps."),
     "demo": ("concilium.commands.demo", "A whole federation on this machine."),
@@ -31,6 +32,7 @@ _EXTRA = {
     "silo": "silo",
     "study": "coordinator",
     "simulate": "demo",
+    "audit": "coordinator",
     "demo": "demo",
 }
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
-from coordinator import records, registry, schema
+from coordinator import audit, records, registry, schema
 from coordinator.authority import SITE_NAME, Authority
 from coordinator.config import Home, config_text, new_config
 from coordinator.records import StudyRow
 from coordinator.registry import Site
 from coordinator.store import Store, note
 from secagg.roster import Member, Roster
+from study.audit_log import Head, Verified, write_entries
 from study.plan import load_plan
 
 
@@ -35,7 +36,7 @@ class SiloStatus:
 
     name: str
     answer: str
-    """accepted, declined or waiting."""
+    """accepted, declined, waiting or left."""
     last_contact: float | None
     activity: str
     step: int
@@ -155,8 +156,62 @@ def start_study(home: Path, plan: Path, sites: Sequence[str] | None = None) -> s
         quorum = agreed.validate_roster(len(chosen))
         members = tuple(Member(site.name, site.identity or b"") for site in chosen)
         roster = Roster(study, 1, quorum.threshold, quorum.colluders, members)
-        store.run(records.create_study, study, agreed.toml(), roster.encode(), roster.fingerprint)
+        store.run(records.create_study, study, agreed.toml(), roster)
     return study
+
+
+def change_roster(
+    home: Path, study: str, add: Sequence[str] = (), remove: Sequence[str] = ()
+) -> Roster:
+    """Begin a new roster epoch of a study: its roster with the sites of `add`, without those of
+    `remove`, and without whoever left or was revoked. The session under way ends first, then every
+    site has to accept the new roster, and the rounds go on from the model as it is.
+
+    Raises NoSuchStudy, RegistryError, PlanError, AdminError.
+    """
+    with _store(Home(home)) as store:
+        return store.run(_change_roster, study, set(add), set(remove))
+
+
+def _change_roster(c: Connection, study: str, add: set[str], remove: set[str]) -> Roster:
+    row = records.study(c, study)
+    if row.over:
+        raise AdminError(f"study '{study}' is {row.state}: its roster cannot be changed any more")
+    now = Roster.decode(row.roster)
+    names = {member.name for member in now.members}
+    for name in sorted(remove - names):
+        raise AdminError(f"site '{name}' is not in the roster of '{study}': nothing to remove")
+    answers = records.answers_of(c, study, now.epoch)
+    left = {name for name, answer in answers.items() if answer.left}
+    approved = {site.name for site in registry.approved(c, None)}
+    wanted = ((names & approved) - left - remove) | add
+    chosen = registry.approved(c, sorted(wanted))
+    members = tuple(Member(site.name, site.identity or b"") for site in chosen)
+    if members == now.members and not left & add:
+        raise AdminError(f"that is the roster that '{study}' has: name a site to --add or --remove")
+    quorum = load_plan(row.plan).validate_roster(len(members))
+    last = now if row.next_roster is None else Roster.decode(row.next_roster)
+    roster = Roster(study, last.epoch + 1, quorum.threshold, quorum.colluders, members)
+    records.propose_roster(c, study, roster)
+    return roster
+
+
+def close_offer(home: Path, study: str) -> list[str]:
+    """Wait no longer for sites that have not answered the offer of a study; which those were."""
+    with _store(Home(home)) as store:
+        return store.run(_close_offer, study)
+
+
+def _close_offer(c: Connection, study: str) -> list[str]:
+    row = records.study(c, study)
+    if row.state != "offered":
+        raise AdminError(f"study '{study}' is {row.state}: it waits for no answer")
+    roster = Roster.decode(row.roster)
+    answers = records.answers_of(c, study, roster.epoch)
+    waiting = [member.name for member in roster.members if member.name not in answers]
+    for name in waiting:
+        records.answer(c, study, roster.epoch, name, False, "the study centre closed the offer")
+    return waiting
 
 
 def pause_study(home: Path, study: str) -> None:
@@ -184,6 +239,20 @@ def _want(home: Path, study: str, wanted: str) -> None:
         store.run(records.want, study, wanted)
 
 
+def verify_audit(home: Path, heads: Sequence[Head] = ()) -> Verified:
+    """Check the store's audit log, and what sites hand in of it. Raises StoreError."""
+    with _store(Home(home)) as store:
+        return store.run(audit.verified, heads)
+
+
+def export_audit(home: Path, out: Path) -> int:
+    """Write the audit log to a file, one line of JSON each; how many."""
+    with _store(Home(home)) as store:
+        found = store.run(lambda c: list(audit.entries(c)))
+    out.write_text("".join(write_entries(found)), "utf-8")
+    return len(found)
+
+
 def list_studies(home: Path) -> list[StudyRow]:
     """All studies, oldest first."""
     with _store(Home(home)) as store:
@@ -209,6 +278,9 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
     results = records.results_of(c, row.id)
     session = records.live_session(c, row.id)
     awaited = tuple(json.loads(session.awaited)) if session else ()
+    if row.state == "offered":
+        answers = records.answers_of(c, row.id, roster.epoch)
+        awaited = tuple(m.name for m in roster.members if m.name not in answers)
     done = sum(f"round {n:05} tidy" in results for n in range(1, plan.rounds.count + 1))
     last = results.get(f"round {done:05} model", {})
     fids = [v["fid"] for k, v in results.items() if k.endswith(" evaluation")]
@@ -239,7 +311,7 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
 def _silos(
     c: Connection, study: str, roster: Roster, known: dict[str, Site], awaited: Sequence[str]
 ) -> tuple[SiloStatus, ...]:
-    answers = records.answers_of(c, study)
+    answers = records.answers_of(c, study, roster.epoch)
     query = select(schema.progress).where(schema.progress.c.study == study)
     progress = {row.site: row for row in c.execute(query)}
     found = []
@@ -250,7 +322,7 @@ def _silos(
         found.append(
             SiloStatus(
                 name=name,
-                answer="waiting" if said is None else "accepted" if said[0] else "declined",
+                answer=_said(said),
                 last_contact=site.last_contact if site else None,
                 activity=now.activity if now is not None and fresh else "",
                 step=now.step if now is not None and fresh else 0,
@@ -259,6 +331,12 @@ def _silos(
             )
         )
     return tuple(found)
+
+
+def _said(answer: records.Answer | None) -> str:
+    if answer is None:
+        return "waiting"
+    return "left" if answer.left else "accepted" if answer.accepted else "declined"
 
 
 @contextmanager

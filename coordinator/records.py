@@ -11,18 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, select, update
 
 from coordinator.schema import (
     answers,
     artifacts,
     refusals,
     results,
+    rosters,
     session_events,
     sessions,
     studies,
 )
 from coordinator.store import note
+from secagg.roster import Roster
 
 
 class NoSuchStudy(Exception):
@@ -39,6 +41,9 @@ class StudyRow:
     id: str
     plan: str
     roster: bytes
+    """Of the epoch that the study is in."""
+    next_roster: bytes | None
+    """Of the epoch that begins before the next session, where the operator wants one."""
     wanted: str
     """run, pause or stop: what the operator asked for."""
     state: str
@@ -69,10 +74,71 @@ def study(c: Connection, name: str) -> StudyRow:
     return StudyRow(**row)
 
 
-def create_study(c: Connection, name: str, plan: str, roster: bytes, fingerprint: str) -> None:
-    row = StudyRow(name, plan, roster, "run", "offered", "offered", None, None, time.time(), None)
+def create_study(c: Connection, name: str, plan: str, roster: Roster) -> None:
+    row = StudyRow(
+        id=name,
+        plan=plan,
+        roster=roster.encode(),
+        next_roster=None,
+        wanted="run",
+        state="offered",
+        stage="offered",
+        error=None,
+        model=None,
+        created=time.time(),
+        ended=None,
+    )
     c.execute(insert(studies).values(**vars(row)))
-    note(c, "study.created", name, roster=fingerprint)
+    _keep_roster(c, name, roster)
+    note(c, "study.created", name, roster=roster.fingerprint)
+
+
+# --- rosters
+
+
+def propose_roster(c: Connection, name: str, roster: Roster) -> None:
+    """The operator wants `roster` from the next session on; one proposed before it is dropped."""
+    c.execute(update(studies).where(studies.c.id == name).values(next_roster=roster.encode()))
+    silos = [member.name for member in roster.members]
+    note(c, "study.roster", name, epoch=roster.epoch, roster=roster.fingerprint, silos=silos)
+
+
+def enter_epoch(c: Connection, name: str) -> StudyRow:
+    """Make the proposed roster the study's, and offer the study under it.
+
+    Never while a session is open: it belongs to the roster before, whose threshold ends it.
+    """
+    before = study(c, name)
+    if before.next_roster is None:
+        return before
+    if live_session(c, name) is not None:
+        raise AssertionError(f"study {name}: a session is open under the roster before")
+    roster = Roster.decode(before.next_roster)
+    values = {"roster": before.next_roster, "next_roster": None, "error": None}
+    c.execute(update(studies).where(studies.c.id == name).values(**values, state="offered"))
+    _keep_roster(c, name, roster)
+    note(c, "study.epoch", name, epoch=roster.epoch, roster=roster.fingerprint)
+    return study(c, name)
+
+
+def _keep_roster(c: Connection, name: str, roster: Roster) -> None:
+    values = {"study": name, "epoch": roster.epoch, "roster": roster.encode()}
+    c.execute(insert(rosters).values(**values, entered=time.time()))
+
+
+def epoch_entered(c: Connection, name: str, epoch: int) -> float:
+    """When a study was offered under the roster of an epoch."""
+    where = (rosters.c.study == name) & (rosters.c.epoch == epoch)
+    return float(c.execute(select(rosters.c.entered).where(where)).one().entered)
+
+
+def rosters_of(c: Connection, name: str) -> dict[int, Roster]:
+    """epoch → roster, of all that a study was offered under."""
+    query = select(rosters).where(rosters.c.study == name).order_by(rosters.c.epoch)
+    return {row.epoch: Roster.decode(row.roster) for row in c.execute(query)}
+
+
+# --- answers
 
 
 def want(c: Connection, name: str, wanted: str) -> None:
@@ -109,24 +175,50 @@ def set_model(c: Connection, name: str, sha256: bytes) -> None:
     c.execute(update(studies).where(studies.c.id == name).values(model=sha256))
 
 
-def answer(c: Connection, name: str, site: str, accepted: bool, rule: str) -> None:
+@dataclass(frozen=True)
+class Answer:
+    """What an institution said to an offer of a study."""
+
+    accepted: bool
+    left: bool
+    """It had accepted, and takes part no more."""
+    rule: str
+    """What forbids it, or why it left."""
+
+    @property
+    def takes_part(self) -> bool:
+        return self.accepted and not self.left
+
+
+def answer(c: Connection, name: str, epoch: int, site: str, accepted: bool, rule: str) -> None:
     """What an institution says to the offer; it may think again until the study runs."""
-    where = (answers.c.study == name) & (answers.c.site == site)
-    before = c.execute(select(answers).where(where)).first()
-    if before is not None and before.accepted == accepted:
-        return
-    values = {"accepted": accepted, "rule": rule, "at": time.time()}
-    if before is None:
-        c.execute(insert(answers).values(study=name, site=site, **values))
-    else:
-        c.execute(update(answers).where(where).values(**values))
-    note(c, "study.accepted" if accepted else "study.declined", name, site=site, rule=rule)
+    before = answers_of(c, name, epoch).get(site)
+    if before is None or before.accepted != accepted:
+        _put_answer(c, name, epoch, site, Answer(accepted, False, rule))
+        note(c, "study.accepted" if accepted else "study.declined", name, site=site, rule=rule)
 
 
-def answers_of(c: Connection, name: str) -> dict[str, tuple[bool, str]]:
-    """site → (accepted, rule that forbids it)."""
-    rows = c.execute(select(answers).where(answers.c.study == name))
-    return {row.site: (row.accepted, row.rule) for row in rows}
+def leave(c: Connection, name: str, epoch: int, site: str, reason: str) -> None:
+    """An institution that had accepted takes part no more."""
+    before = answers_of(c, name, epoch).get(site)
+    if before is None or not before.left:
+        accepted = before is not None and before.accepted
+        _put_answer(c, name, epoch, site, Answer(accepted, True, reason))
+        note(c, "study.left", name, site=site, reason=reason)
+
+
+def _put_answer(c: Connection, name: str, epoch: int, site: str, said: Answer) -> None:
+    where = (answers.c.study == name) & (answers.c.epoch == epoch) & (answers.c.site == site)
+    c.execute(delete(answers).where(where))
+    values = vars(said) | {"study": name, "epoch": epoch, "site": site, "at": time.time()}
+    c.execute(insert(answers).values(**values))
+
+
+def answers_of(c: Connection, name: str, epoch: int) -> dict[str, Answer]:
+    """site → what it said to the offer of this epoch's roster."""
+    where = (answers.c.study == name) & (answers.c.epoch == epoch)
+    rows = c.execute(select(answers).where(where))
+    return {row.site: Answer(row.accepted, row.left, row.rule) for row in rows}
 
 
 # --- results of the runner's steps
@@ -196,6 +288,7 @@ class SessionRow:
 
     study: str
     number: int
+    epoch: int
     quantity: str
     context: bytes
     work: bytes
@@ -208,6 +301,8 @@ class SessionRow:
     open: bool
     certificate: bytes | None
     outcome: str | None
+    log_place: int | None
+    log_digest: str | None
     opened: float
 
 
@@ -294,8 +389,17 @@ def end_session(
     """A session is over. Its events go: they hold the silos' shares, and whoever later got hold of
     both the shares and the uploads could unmask single inputs. `size` is that of the sum."""
     where = (sessions.c.study == name) & (sessions.c.number == number)
-    values = {"open": False, "certificate": certificate, "outcome": json.dumps(outcome)}
-    values |= {"awaited": "[]", "phase": outcome["kind"]}
+    noted = {key: outcome[key] for key in ("survivors", "why", "accused") if outcome[key]}
+    place, head = note(c, f"session.{outcome['kind']}", name, session=number, **noted)
+    values = {
+        "open": False,
+        "certificate": certificate,
+        "outcome": json.dumps(outcome),
+        "awaited": "[]",
+        "phase": outcome["kind"],
+        "log_place": place,
+        "log_digest": head,
+    }
     c.execute(update(sessions).where(where).values(**values))
     here = (session_events.c.study == name) & (session_events.c.number == number)
     c.execute(delete(session_events).where(here))
@@ -303,34 +407,26 @@ def end_session(
         digest = bytes.fromhex(outcome["sum"])
         record_artifact(c, name, digest, "sum", size, published=False)
         c.execute(update(studies).where(studies.c.id == name).values(error=None))
-    noted = {key: outcome[key] for key in ("survivors", "why", "accused") if outcome[key]}
-    note(c, f"session.{outcome['kind']}", name, session=number, **noted)
 
 
-def certificate_after(c: Connection, name: str, number: int) -> tuple[int, bytes] | None:
-    """The first session after `number` that ended with a certificate, and that certificate."""
-    row = c.execute(
-        select(sessions.c.number, sessions.c.certificate)
-        .where(
-            sessions.c.study == name,
-            sessions.c.number > number,
-            sessions.c.certificate.is_not(None),
-        )
-        .order_by(sessions.c.number)
-        .limit(1)
-    ).first()
-    return None if row is None else (row.number, row.certificate)
+def certified_after(c: Connection, name: str, epoch: int, number: int) -> SessionRow | None:
+    """The first session of an epoch after `number` that ended with a certificate."""
+    query = _certified(name, epoch).where(sessions.c.number > number).order_by(sessions.c.number)
+    row = c.execute(query.limit(1)).mappings().first()
+    return None if row is None else SessionRow(**row)
 
 
-def last_certificate(c: Connection, name: str) -> tuple[int, bytes] | None:
-    """The last session that ended with a certificate, and that certificate."""
-    row = c.execute(
-        select(sessions.c.number, sessions.c.certificate)
-        .where(sessions.c.study == name, sessions.c.certificate.is_not(None))
-        .order_by(sessions.c.number.desc())
-        .limit(1)
-    ).first()
-    return None if row is None else (row.number, row.certificate)
+def last_certified(c: Connection, name: str, epoch: int) -> SessionRow | None:
+    """The last session of an epoch that ended with a certificate."""
+    query = _certified(name, epoch).order_by(sessions.c.number.desc())
+    row = c.execute(query.limit(1)).mappings().first()
+    return None if row is None else SessionRow(**row)
+
+
+def _certified(name: str, epoch: int) -> Select[Any]:
+    # A certificate proves something only to those who hold the roster that it was made under.
+    here = (sessions.c.study == name) & (sessions.c.epoch == epoch)
+    return select(sessions).where(here, sessions.c.certificate.is_not(None))
 
 
 def refuse(c: Connection, name: str, number: int, silo: int, site: str, reason: str) -> None:

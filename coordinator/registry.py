@@ -115,7 +115,8 @@ def join(c: Connection, name: str, token: str, request: bytes, identity: bytes, 
                 changed=time.time(),
             )
         )
-        note(c, "site.joined", site=name, fingerprint=fingerprint, agent=agent)
+        known = {"fingerprint": fingerprint, "identity": identity.hex(), "agent": agent}
+        note(c, "site.joined", site=name, **known)
     return site(c, name)
 
 

@@ -71,7 +71,9 @@ def _head(live: LiveStudy, row: records.StudyRow) -> Json:
 
 
 def _body(results: Json) -> Json:
-    census, union, moments = (results.get(k, {}) for k in ("census", "auxiliary", "moments"))
+    union, moments = (results.get(k, {}) for k in ("auxiliary", "moments"))
+    counted = [v for k, v in results.items() if k == "census" or k.startswith("census of epoch ")]
+    census = counted[-1] if counted else {}
     numbers = range(1, len(results) + 1)
     rounds = [_round(results, n) for n in numbers if f"round {n:05} model" in results]
     of_union = ("images", "held_out_images", "labels")
@@ -102,6 +104,7 @@ def _round(results: Json, number: int) -> Json:
     line: Json = {
         "round": number,
         "survivors": summed["silos"],
+        "epoch": summed["epoch"],
         "session": summed["session"]["number"],
         "loss": step["loss"],
         "moved": step["moved"],
@@ -140,7 +143,7 @@ def _seconds(results: Json) -> Json:
 def _metrics(report: Json) -> list[Json]:
     """One line per thing that happened, in order."""
     lines: list[Json] = []
-    in_sum = ("round", "survivors", "session", "loss", "moved", "saturated", "faults")
+    in_sum = ("round", "survivors", "epoch", "session", "loss", "moved", "saturated", "faults")
     for r in report["rounds"]:
         lines.append({"event": "round", **{key: r[key] for key in in_sum}})
         if "decision" in r:

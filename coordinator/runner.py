@@ -27,7 +27,7 @@ from coordinator.report import Report
 from coordinator.sessions import SessionEnd, Tools
 from coordinator.store import Fenced
 from coordinator.studies import LiveStudy
-from coordinator.summing import Asked, Stopped, StudyFailed, Summing
+from coordinator.summing import Asked, RosterChanged, Stopped, StudyFailed, Summing
 from coordinator.union import collect_union
 from coordinator.worker import Worker
 from study.plan import Evaluation
@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 Json = dict[str, Any]
 _GRID, _FINAL_GRID = 40, 100
-_LOOK_EVERY = 10.0
+_LOOK_EVERY = 2.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
@@ -72,10 +72,9 @@ class Runner:
         pause = _FIRST_PAUSE
         while True:
             try:
-                await self._study()
-                return await self._over("finished")
-            except Stopped:
-                return await self._over("stopped")
+                return await self._over(await self._until_over())
+            except RosterChanged:
+                continue
             except StudyFailed as error:
                 return await self._over("failed", str(error))
             except Fenced:
@@ -91,10 +90,22 @@ class Runner:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    async def _until_over(self) -> str:
+        """The state in which the study ended; RosterChanged: it goes on under another roster."""
+        try:
+            await self._study()
+        except RosterChanged:
+            await self._enter_epoch()
+            raise
+        except Stopped:
+            await self._publish_what_there_is()
+            return "stopped"
+        return "finished"
+
     async def _study(self) -> None:
-        await self.once("offer", self._offer)
+        await self.once(self._of_epoch("offer"), self._offer)
         await self._set_state("running")
-        census = await self.once("census", self._census)
+        census = await self.once(self._of_epoch("census"), self._census)
         self._members = [self._live.roster.index_of(name) for name in census["silos"]]
         await self.once("moments", self._moments)
         auxiliary = await self.once("auxiliary", self._auxiliary)
@@ -107,22 +118,61 @@ class Runner:
 
     # --- before the rounds
 
+    def _of_epoch(self, key: str) -> str:
+        """The key of a step that is done once per roster epoch."""
+        epoch = self._live.roster.epoch
+        return key if epoch == 1 else f"{key} of epoch {epoch}"
+
+    async def _enter_epoch(self) -> None:
+        """Go on under the roster that the operator wants. The sites accept it anew, counts are
+        summed again, and the rounds go on from the model as it is."""
+        self._live.enter_epoch(await self._tools.store.do(records.enter_epoch, self._live.id))
+        roster = self._live.roster
+        silos = [member.name for member in roster.members]
+        log.info("study.epoch", study=self._live.id, epoch=roster.epoch, silos=silos)
+
     async def _offer(self) -> Json:
-        """Wait until every site has answered, and start if enough of them accepted."""
+        """Wait until every site has answered, or the time for it is over; go on where enough of
+        them accepted. In a later epoch the study waits until they did."""
         live = self._live
         await self._stage("waits for the sites' answers to the offer")
-        while await self._unanswered():
+        until = await self._offered_at() + live.plan.deadlines.offer
+        while True:
+            await live.look_at_answers(self._tools.store)
+            unanswered = await self._unanswered()
+            accepted = [m.name for m in live.roster.members if live.takes_part_by_name(m.name)]
+            enough = len(accepted) >= live.roster.threshold
+            if not unanswered or time.time() >= until:
+                if enough:
+                    return {"accepted": accepted, "unanswered": unanswered}
+                if live.roster.epoch == 1:
+                    raise StudyFailed(self._too_few(accepted, unanswered))
+                await self._tools.store.do(
+                    records.set_error, live.id, self._too_few(accepted, unanswered)
+                )
             await self._summing.may_go_on()
+            self._summing.check_roster()
             await live.bell.wait(_LOOK_EVERY)
-        accepted = [m.name for m in live.roster.members if live.answers.get(m.name)]
-        if len(accepted) < live.roster.threshold:
-            said = await self._tools.store.do(records.answers_of, live.id)
-            rules = "; ".join(f"{site}: {rule}" for site, (yes, rule) in said.items() if not yes)
-            raise StudyFailed(
-                f"{len(accepted)} of {live.roster.size} sites accepted, the threshold is "
-                f"{live.roster.threshold} ({rules}): change the plan, or start it with other sites"
-            )
-        return {"accepted": accepted}
+
+    async def _offered_at(self) -> float:
+        return await self._tools.store.do(
+            records.epoch_entered, self._live.id, self._live.roster.epoch
+        )
+
+    def _too_few(self, accepted: list[str], unanswered: list[str]) -> str:
+        roster, answers = self._live.roster, self._live.answers
+        no = "".join(f"; {site}: {a.rule}" for site, a in answers.items() if not a.takes_part)
+        waited = f"; no answer from {', '.join(unanswered)}" if unanswered else ""
+        mend = (
+            "change the plan, or start it with other sites"
+            if roster.epoch == 1
+            else f"it goes on when more sites accept, or with another roster: `concilium study "
+            f"roster {self._live.id}`"
+        )
+        return (
+            f"{len(accepted)} of {roster.size} sites accepted roster {roster.epoch}, the threshold "
+            f"is {roster.threshold}{no}{waited}: {mend}"
+        )
 
     async def _unanswered(self) -> list[str]:
         """Sites that have not said yes or no, but for those that were shut out meanwhile."""
@@ -134,14 +184,15 @@ class Runner:
         """Σñ. Who is not in it has no weight, and rests until the next roster epoch."""
         await self._stage("census")
         live = self._live
-        members = [i for i in live.roster.indices if live.answers.get(live.roster.member(i).name)]
+        members = [i for i in live.roster.indices if live.takes_part(i)]
         asked = Asked(CensusWork(), live.roster.epoch, members, patient=True)
         end = await self._summing.sum(asked)
         total = self._tools.artifacts.read(bytes.fromhex(end.sum))
         count = census_total(total, live.roster.size)
         if count == 0:
             raise StudyFailed("the census counted no image at any site: check the sites' data")
-        return {"count": count, "silos": self._names(end.survivors), "session": asdict(end)}
+        silos, epoch = self._names(end.survivors), live.roster.epoch
+        return {"count": count, "silos": silos, "epoch": epoch, "session": asdict(end)}
 
     async def _moments(self) -> Json:
         """Σf and Σffᵀ of all real images under the plan's feature network."""
@@ -154,7 +205,7 @@ class Runner:
             dimension = await self._worker.run(jobs.feature_dimension, network, sha256)
         except ValueError as error:
             raise StudyFailed(str(error)) from error
-        census = await self._result("census")
+        census = await self._result(self._of_epoch("census"))
         work = MomentsWork(
             total_count=census["count"],
             network=network,
@@ -166,6 +217,8 @@ class Runner:
         return {
             "sum": end.sum,
             "work": work.model_dump(),
+            # Once in a study: later epochs have other rosters, and go on using this sum.
+            "roster_size": self._live.roster.size,
             "silos": self._names(end.survivors),
             "session": asdict(end),
         }
@@ -176,7 +229,7 @@ class Runner:
         if correction is None:
             return {}
         await self._stage("auxiliary set")
-        census = await self._result("census")
+        census = await self._result(self._of_epoch("census"))
         union = await collect_union(
             self._tools, self._summing, self._live, self._members, census["count"], self.once
         )
@@ -219,7 +272,8 @@ class Runner:
         sha256 = await self._round_input(model)
         asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256])
         end: SessionEnd = await self._summing.sum(asked)
-        return {"silos": self._names(end.survivors), "session": asdict(end)}
+        silos, epoch = self._names(end.survivors), self._live.roster.epoch
+        return {"silos": silos, "epoch": epoch, "session": asdict(end)}
 
     async def _round_input(self, model: Json) -> bytes:
         """What the silos start from; its digest is the `model` of the session."""
@@ -360,7 +414,7 @@ class Runner:
             path(bytes.fromhex(drawn["samples"])),
             path(bytes.fromhex(moments["sum"])),
             moments["work"],
-            self._live.roster.size,
+            moments["roster_size"],
             len(moments["silos"]),
         )
         return {
@@ -404,13 +458,25 @@ class Runner:
 
     # --- the end
 
+    async def _publish_what_there_is(self) -> None:
+        """The model of the last round that was done, of a study that was stopped."""
+        row = await self._tools.store.do(records.study, self._live.id)
+        results = await self._tools.store.do(records.results_of, self._live.id)
+        rounds = [v for k, v in results.items() if k.startswith("round ") and "moved" in v]
+        for step in rounds:
+            if row.model is not None and step["model"] == row.model.hex():
+                return await self._write_model(step)
+
     async def _end(self, model: Json) -> Json:
         await self._stage("final model and samples")
+        await self._write_model(model)
+        return {"model": model["model"]}
+
+    async def _write_model(self, model: Json) -> None:
         folder = self._home.study(self._live.id)
         path = self._tools.artifacts.path(bytes.fromhex(model["model"]))
         await self._worker.run(jobs.write_pipeline, self._text, path, folder / "model")
         await self._draw(model, _FINAL_GRID, folder / "samples.png")
-        return {"model": model["model"]}
 
     async def _draw(self, model: Json, images: int, png: Path) -> None:
         path = self._tools.artifacts.path(bytes.fromhex(model["model"]))

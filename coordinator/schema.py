@@ -38,6 +38,7 @@ sites = Table(
     Column("agent_version", String(64)),
     Column("changed", Float, nullable=False),
     Column("last_contact", Float),
+    Column("countersigned", Integer),  # the last entry of the audit log that it signed
 )
 
 invitations = Table(
@@ -69,7 +70,8 @@ studies = Table(
     metadata,
     Column("id", String(80), primary_key=True),
     Column("plan", Text, nullable=False),  # canonical TOML
-    Column("roster", LargeBinary, nullable=False),
+    Column("roster", LargeBinary, nullable=False),  # of the epoch that the study is in
+    Column("next_roster", LargeBinary),  # of the epoch that begins before the next session
     Column("wanted", String(16), nullable=False),  # by the operator: run, pause, stop
     Column("state", String(16), nullable=False),  # offered, running, finished, stopped, failed
     Column("stage", String(80), nullable=False),  # what the runner is at, for people
@@ -79,12 +81,24 @@ studies = Table(
     Column("ended", Float),
 )
 
+rosters = Table(
+    "rosters",
+    metadata,
+    Column("study", ForeignKey("studies.id"), primary_key=True),
+    Column("epoch", Integer, primary_key=True),
+    Column("roster", LargeBinary, nullable=False),
+    Column("entered", Float, nullable=False),
+)
+"""Every roster that a study was offered under, the present one included."""
+
 answers = Table(
     "answers",
     metadata,
     Column("study", ForeignKey("studies.id"), primary_key=True),
+    Column("epoch", Integer, primary_key=True),
     Column("site", String(63), primary_key=True),
     Column("accepted", Boolean, nullable=False),
+    Column("left", Boolean, nullable=False),  # it had accepted, and takes part no more
     Column("rule", Text, nullable=False),
     Column("at", Float, nullable=False),
 )
@@ -115,6 +129,7 @@ sessions = Table(
     metadata,
     Column("study", ForeignKey("studies.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
+    Column("epoch", Integer, nullable=False),  # of the roster it is for
     Column("quantity", String(48), nullable=False),
     Column("context", LargeBinary, nullable=False),
     Column("work", LargeBinary, nullable=False),
@@ -127,6 +142,8 @@ sessions = Table(
     Column("open", Boolean, nullable=False),
     Column("certificate", LargeBinary),
     Column("outcome", Text),  # JSON
+    Column("log_place", Integer),  # the audit log's head when the outcome was written to it
+    Column("log_digest", String(64)),
     Column("opened", Float, nullable=False),
 )
 

@@ -175,10 +175,7 @@ class CoordinatorServer:
             if row.id not in self._studies:
                 self._take_up(await self._store.do(LiveStudy.load, row))
                 continue
-            live = self._studies.of(row.id)
-            if live.row.wanted != row.wanted:
-                live.row = row
-                live.bell.ring()
+            self._studies.of(row.id).operator_wants(row)
 
     def _take_up(self, live: LiveStudy) -> None:
         self._studies.add(live)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from coordinator import records
+from coordinator import audit, records
 from coordinator.contacts import Progress
 from coordinator.door import Caller, Context, Door, NotFound
 from coordinator.sessions import Tools
@@ -19,6 +19,7 @@ from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationServicer
 from secagg.errors import Reason, Refused
 from secagg.messages import Signed
+from study.audit_log import Head
 
 _MAX_WAIT = 60
 # A long poll looks again this often even if no bell rings, so that a revocation is never missed.
@@ -39,6 +40,8 @@ class CoordinationService(CoordinationServicer):
             await context.send_initial_metadata((("concilium-time", f"{time.time():.3f}"),))
             if request.wait_seconds > _MAX_WAIT:
                 raise BadRequest(f"NextTaskRequest.wait_seconds is at most {_MAX_WAIT}")
+            if request.study and not request.epoch:
+                raise BadRequest("NextTaskRequest.epoch is missing: which roster is pinned?")
             task = await self._next_task(caller, request)
             self._tools.contacts.count(
                 task.study, caller.site, received=request.ByteSize(), sent=task.ByteSize()
@@ -53,17 +56,19 @@ class CoordinationService(CoordinationServicer):
         while True:
             rung = bell.rung
             caller.check()
-            task = await self._look(caller.site, live, request.settled_session)
+            task = await self._look(caller.site, live, request)
             left = until - clock()
             if task is not None or left <= 0 or self.closing:
                 return task or pb.Task(study=request.study, idle=pb.Idle())
             await bell.wait(min(left, _LOOK_AGAIN), since=rung)
 
-    async def _look(self, site: str, live: LiveStudy | None, settled: int) -> pb.Task | None:
+    async def _look(
+        self, site: str, live: LiveStudy | None, request: pb.NextTaskRequest
+    ) -> pb.Task | None:
         if live is not None:
-            return await live.task_for(self._tools.store, site, settled)
-        offers = (study.offer_for(site) for study in self._studies.all())
-        return next((offer for offer in offers if offer is not None), None)
+            epoch, settled = request.epoch, request.settled_session
+            return await live.task_for(self._tools.store, site, epoch, settled)
+        return self._studies.offer_for(site)
 
     async def AnswerOffer(
         self, request: pb.AnswerOfferRequest, context: Context
@@ -75,6 +80,25 @@ class CoordinationService(CoordinationServicer):
             live = self._studies.get(request.study, caller.site)
             await live.answer(self._tools.store, caller.site, request)
             return pb.AnswerOfferReply()
+
+    async def LeaveStudy(
+        self, request: pb.LeaveStudyRequest, context: Context
+    ) -> pb.LeaveStudyReply:
+        async with self._door.silo(context, request, "study", "reason") as caller:
+            live = self._studies.get(request.study, caller.site)
+            await live.leave(self._tools.store, caller.site, request.reason)
+            return pb.LeaveStudyReply()
+
+    async def Countersign(
+        self, request: pb.CountersignRequest, context: Context
+    ) -> pb.CountersignReply:
+        async with self._door.silo(context, request, "study", "signature") as caller:
+            live = self._studies.get(request.study, caller.site)
+            place, digest = request.log.place, request.log.digest.hex()
+            head = Head(caller.site, place, digest, request.signature.hex())
+            await self._tools.store.do(audit.countersign, head)
+            self._tools.contacts.count(live.id, caller.site, received=request.ByteSize())
+            return pb.CountersignReply()
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitReply:
         async with self._door.silo(context, request, "study", "session", "signed") as caller:

@@ -9,12 +9,12 @@ committed (PostgreSQL refuses one that another came in between of), so it acts o
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -23,10 +23,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from coordinator import failpoints, lease, migrations, schema
+from study.audit_log import GENESIS, Entry
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_GENESIS = "0" * 64
 _ATTEMPTS, _PAUSE = 8, 0.05
 _BUSY_SECONDS = 10
 # serialization_failure, deadlock_detected: nothing of the transaction has happened.
@@ -244,7 +244,7 @@ def _prepare(c: Connection, name: str, may_upgrade: bool) -> None:
     match migrations.standing(c):
         case "empty":
             migrations.upgrade(c)
-            c.execute(insert(schema.chain_head).values(id=1, place=0, digest=_GENESIS))
+            c.execute(insert(schema.chain_head).values(id=1, place=0, digest=GENESIS))
         case "unknown":
             raise StoreError(
                 f"the store {name} has version {migrations.version(c)}, this program knows "
@@ -264,34 +264,13 @@ def sign_of_life(connection: Connection) -> None:
     connection.info["wrote"] = True
 
 
-def note(connection: Connection, /, kind: str, study: str = "", **detail: Any) -> None:
-    """Append to the audit log, in the transaction that does what is noted."""
+def note(connection: Connection, /, kind: str, study: str = "", **detail: Any) -> tuple[int, str]:
+    """Append to the audit log, in the transaction that does what is noted; the head it has then:
+    the entry's place and digest."""
     head = connection.execute(select(schema.chain_head).with_for_update()).one()
-    row = {
-        "place": head.place + 1,
-        "at": time.time(),
-        "study": study,
-        "kind": kind,
-        "detail": json.dumps(detail, sort_keys=True, ensure_ascii=False),
-    }
-    digest = _link(head.digest, row)
-    connection.execute(insert(schema.events).values(**row, digest=digest))
-    connection.execute(update(schema.chain_head).values(place=head.place + 1, digest=digest))
-
-
-def verify_log(connection: Connection) -> int:
-    """How many events the audit log holds; raises StoreError where one was changed or removed."""
-    digest, place = _GENESIS, 0
-    for row in connection.execute(select(schema.events).order_by(schema.events.c.place)).mappings():
-        digest, place = _link(digest, row), place + 1
-        if row["place"] != place or row["digest"] != digest:
-            raise StoreError(f"the audit log was changed at or before entry {row['place']}")
-    head = connection.execute(select(schema.chain_head)).one()
-    if (head.place, head.digest) != (place, digest):
-        raise StoreError(f"the audit log ends at entry {place}, {head.place} were written")
-    return place
-
-
-def _link(before: str, row: Any) -> str:
-    fields = [before, row["place"], repr(row["at"]), row["study"], row["kind"], row["detail"]]
-    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    place, text = head.place + 1, json.dumps(detail, sort_keys=True, ensure_ascii=False)
+    draft = Entry(place, time.time(), study, kind, text, "")
+    entry = replace(draft, digest=draft.follows(head.digest))
+    connection.execute(insert(schema.events).values(**vars(entry)))
+    connection.execute(update(schema.chain_head).values(place=place, digest=entry.digest))
+    return place, entry.digest

@@ -27,6 +27,10 @@ class Stopped(Exception):
     """The operator stopped the study."""
 
 
+class RosterChanged(Exception):
+    """The operator wants another roster: the next session is opened under it, or none."""
+
+
 class StudyFailed(Exception):
     """The study cannot go on; the text says why and what to do."""
 
@@ -63,7 +67,7 @@ class Summing:
         """The end of a session that summed the quantity; with `once`, of any session.
 
         A session that was under way when the service died is taken up again, and one that ended
-        just before is not repeated. Raises Stopped, StudyFailed.
+        just before is not repeated. Raises Stopped, RosterChanged, StudyFailed.
         """
         store, name = self._tools.store, self._live.id
         row = await store.do(records.last_session, name)
@@ -73,11 +77,13 @@ class Summing:
             end = _end_of(row)
             if end.kind == "summed" or asked.once:
                 return end
-            accused = end.accused
+            if row.epoch == self._live.roster.epoch:  # indices mean nothing in another one
+                accused = end.accused
         while True:
             row = await store.do(records.live_session, name)
             if row is None:
                 await self.may_go_on()
+                self.check_roster()
                 await self._enough_in_contact(asked)
                 row = await self._open(asked, accused)
             end = await self._drive(row, asked)
@@ -94,11 +100,23 @@ class Summing:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def may_go_on(self) -> None:
-        """Returns when the operator lets the study run; raises Stopped."""
+        """Returns when the operator lets the study run; raises Stopped.
+
+        A session that is open, after a restart for example, is ended first whatever is wanted.
+        """
+        if self._live.unfinished:
+            return
         while self._live.row.wanted == "pause":
             await self._live.bell.wait(60)
         if self._live.row.wanted == "stop":
             raise Stopped
+
+    def check_roster(self) -> None:
+        """Raises RosterChanged where the operator wants another roster."""
+        # Here and nowhere else: what was summed before is worked off under the roster that it was
+        # summed with, and no session is open that the new roster could not end.
+        if self._live.row.next_roster is not None:
+            raise RosterChanged
 
     async def _rest(self, seconds: float) -> None:
         """Wait, but not for an operator who wants the study stopped."""
@@ -111,29 +129,33 @@ class Summing:
         live, contacts = self._live, self._tools.contacts
         needed, since, told = live.roster.threshold, time.time(), False
         while not asked.survivors:
+            wanted = [i for i in asked.members if live.takes_part(i)]
             here = [
                 i
-                for i in asked.members
+                for i in wanted
                 if contacts.present(live.roster.member(i).name, self._absent_after)
             ]
             if len(here) >= needed:
                 return
             if not told and time.time() - since > self._absent_after:
                 told = True
-                missing = live.roster.names([i for i in asked.members if i not in here])
+                missing = live.roster.names([i for i in wanted if i not in here])
+                left = live.roster.names([i for i in asked.members if i not in wanted])
                 await self._tools.store.do(
                     records.set_error,
                     live.id,
                     f"{asked.quantity}: {len(here)} of {len(asked.members)} silos are in contact, "
-                    f"the threshold is {needed}; missing: {missing}. Bring a missing silo's agent "
-                    "back; the study goes on by itself",
+                    f"the threshold is {needed}; missing: {missing}; left: {left}. Bring a missing "
+                    "silo's agent back and the study goes on by itself; without sites that are "
+                    f"gone for good it goes on by `concilium study roster {live.id}`",
                 )
             await live.bell.wait(min(1.0, self._absent_after / 4))
             await self.may_go_on()
+            self.check_roster()
 
     async def _open(self, asked: Asked, accused: int | None) -> SessionRow:
         live, store = self._live, self._tools.store
-        last = await store.do(records.last_certificate, live.id)
+        last = await store.do(records.last_certified, live.id, live.roster.epoch)
         number = await store.do(records.next_number, live.id)
         context = session_context(
             live.roster,
@@ -145,7 +167,7 @@ class Summing:
             model=asked.model,
             reservation=asked.reservation,
             survivors=asked.survivors,
-            previous=Certificate.decode(last[1]).digest if last else NO_HASH,
+            previous=_digest_of(last),
         )
         row = self._row(context, asked, accused)
         await store.do(records.open_session, row)
@@ -155,11 +177,13 @@ class Summing:
     def _row(self, context: SessionContext, asked: Asked, accused: int | None) -> SessionRow:
         live, now = self._live, time.time()
         expected = asked.survivors or tuple(live.roster.indices)
-        resting = [i for i in expected if i not in asked.members or i == accused]
+        asked_now = {i for i in asked.members if live.takes_part(i) and i != accused}
+        resting = [i for i in expected if i not in asked_now]
         awaited = [live.roster.member(i).name for i in expected if i not in resting]
         return SessionRow(
             study=live.id,
             number=context.session,
+            epoch=context.epoch,
             quantity=str(context.quantity),
             context=context.encode(),
             work=encode_work(asked.work),
@@ -172,6 +196,8 @@ class Summing:
             open=True,
             certificate=None,
             outcome=None,
+            log_place=None,
+            log_digest=None,
             opened=now,
         )
 
@@ -203,6 +229,13 @@ class Summing:
         while self._live.row.wanted != "stop":
             await self._live.bell.wait(60)
         await session.cancel(f"session {session.row.number}: the study centre stopped the study")
+
+
+def _digest_of(last: SessionRow | None) -> bytes:
+    # Of this epoch: a silo that joined with it could not verify one of the roster before.
+    if last is None or last.certificate is None:
+        return NO_HASH
+    return Certificate.decode(last.certificate).digest
 
 
 def _end_of(row: SessionRow) -> SessionEnd:

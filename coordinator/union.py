@@ -61,7 +61,8 @@ async def collect_union(
         )
         if images["session"]["kind"] == "summed":
             return await asyncio.to_thread(_split, tools, live, images)
-        vanished |= set(images["session"]["missing"])
+        if images["epoch"] == live.roster.epoch:  # indices mean nothing in another one
+            vanished |= set(images["session"]["missing"])
         await tools.store.do(records.set_error, live.id, images["session"]["why"])
     raise StudyFailed(
         f"the auxiliary set could not be united in {plan.max_attempts} attempts; silos that were "
@@ -83,10 +84,14 @@ async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Aske
     await tools.store.do(
         records.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
     )
-    return {"occupied": occupied, "session": asdict(end)}
+    return {"occupied": occupied, "epoch": live.roster.epoch, "session": asdict(end)}
 
 
 async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Json) -> Json:
+    epoch = live.roster.epoch
+    if tags["epoch"] != epoch:
+        why = f"the tags are of roster {tags['epoch']}, the study is under {epoch}: drawn anew"
+        return {"epoch": epoch, "session": asdict(SessionEnd("abandoned", 0, why))}
     total = tags["session"]["sum"]
     survivors = tuple(tags["session"]["survivors"])
     work = ImagesWork(
@@ -106,7 +111,7 @@ async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Jso
             once=True,
         )
     )
-    return {"session": asdict(end)}
+    return {"epoch": epoch, "session": asdict(end)}
 
 
 def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:

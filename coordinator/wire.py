@@ -37,6 +37,7 @@ _EXACT = {
     "roster_digest": 32,
     "identity_key": 32,
     "identity_proof": 64,
+    "signature": 64,
 }
 
 

@@ -22,11 +22,13 @@ from silo.data.dataset import open_dataset
 from silo.data.sheet import write_sheet
 from silo.enrolment import join as enrol
 from silo.errors import ConfigError, SiloError
-from silo.files import make_folder, read_json, write_file
+from silo.files import make_folder, read_json, write_file, write_json
+from silo.heads import signed_heads
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, load_or_make_identity
 from silo.ledger import LedgerFile
 from silo.offers import Terms, offered_terms, other_studies, pinned_terms, record, stored_decision
+from study.audit_log import AuditError, Verified, read_entries, verify
 
 _CONFIG = """\
 # What this institution brings to a study, and what it allows a study to ask for.
@@ -145,6 +147,34 @@ def decline(home: Path, study: str, why: str) -> None:
     record(place, _offered(place), accepted=False, rule=f"declined by a person: {why}")
 
 
+def leave(home: Path, study: str, reason: str) -> None:
+    """Take no further part in `study`. A running agent begins no session any more, sees the one
+    under way settled, tells the study centre, and ends the study here; the ledger stays."""
+    place = _study(home, study)
+    if pinned_terms(place) is None:
+        raise SiloError(f"this site has not accepted study {study!r}: decline it instead")
+    if place.ended.exists():
+        raise SiloError(f"study {study!r} is over here: there is nothing to leave")
+    write_json(place.leave, {"reason": reason or "decided by a person"})
+
+
+def heads(home: Path) -> str:
+    """What this site signed of the study centre's audit log, one line of JSON each."""
+    path = SiloHome(home).heads
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def audit(home: Path, log: Path) -> Verified:
+    """Check an exported audit log against what this site signed.
+
+    Raises SiloError where it was changed, cut off, or never held what this site signed.
+    """
+    try:
+        return verify(read_entries(log.read_text("utf-8")), signed_heads(SiloHome(home).heads))
+    except AuditError as error:
+        raise SiloError(str(error)) from error
+
+
 def settle_doubt(home: Path, study: str) -> list[str]:
     """Close for ever every session of `study` of which nothing proves how it ended; which those
     were. For a person, after a talk with the other sites, with the agent stopped: if such a
@@ -251,6 +281,28 @@ def _roster_text(study: StudyHome) -> str:
     return _described(study, pinned, "accepted") if pinned else ""
 
 
+def _changes(before: Terms, offered: Terms) -> str:
+    """What accepting another roster of a study means, for the person who decides."""
+    then = {member.name: member for member in before.roster.members}
+    now = {member.name: member for member in offered.roster.members}
+    lines = [
+        f"  compared with the roster accepted before (epoch {before.roster.epoch}):",
+        f"    joined       {', '.join(sorted(now.keys() - then.keys())) or 'nobody'}",
+        f"    left         {', '.join(sorted(then.keys() - now.keys())) or 'nobody'}",
+    ]
+    changed = [name for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
+    if changed:
+        lines.append(f"    other keys   {', '.join(changed)}: ask these sites why")
+    if before.plan != offered.plan:
+        lines.append("    the plan is another one: read offer.toml")
+    lines.append(
+        "  If you accept, the images are counted again for this roster. Every site knows both\n"
+        "  totals: where one site alone joined or left, their difference is its count, rounded to\n"
+        "  two digits. Feature moments are not summed again."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def _described(study: StudyHome, terms: Terms, state: str) -> str:
     group = terms.roster
     members = "\n".join(f"    {i:3}  {group.member(i).name}" for i in group.indices)
@@ -259,10 +311,12 @@ def _described(study: StudyHome, terms: Terms, state: str) -> str:
         f"\n  This site has accepted other studies ({others}): a study centre that lies can\n"
         "  compare the sums of both, and so learn this site's count and feature moments."
     )
+    before = pinned_terms(study)
+    changes = _changes(before, terms) if before is not None and before != terms else ""
     return (
         f"{study.name}: {terms.plan.study.title} ({state})\n"
         f"  epoch {group.epoch}, {group.size} silos, threshold {group.threshold}, "
-        f"{group.colluders} colluders tolerated\n{members}\n"
+        f"{group.colluders} colluders tolerated\n{members}\n{changes}"
         f"  fingerprint  {group.fingerprint}\n"
         "  Compare the fingerprint with the other sites, by phone, before you approve."
         f"{warning if others else ''}"

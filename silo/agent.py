@@ -23,6 +23,7 @@ from silo.config import SiloConfig, load_config
 from silo.enrolment import renew, way_of
 from silo.errors import EnrolmentError, SiloError
 from silo.files import lock
+from silo.heads import Heads
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, Identity, load_enrolment, load_or_make_identity
 from silo.log import configure_logging
@@ -34,12 +35,13 @@ from silo.offers import (
     decide,
     digests_of,
     keep_offer,
+    newer_offer,
     offered_terms,
     pin,
     pinned_terms,
     stored_decision,
 )
-from silo.participation import Participation, Tools
+from silo.participation import Participation, Tools, in_doubt
 from silo.quantities import Quantities
 from silo.status import Status
 from silo.worker import Worker
@@ -78,8 +80,10 @@ class Agent:
         self._proxy = config.coordinator.proxy.get_secret_value()
         status = Status(home.status, config.site.name, enrolment.address)
         client = Client(way_of(enrolment, identity, self._proxy), status.contact)
-        self._tools = Tools(client, Worker(config.resources), status, config)
+        heads = Heads(home.heads, identity.signing, config.site.name)
+        self._tools = Tools(client, Worker(config.resources), status, config, heads)
         self._studies: dict[str, Running] = {}
+        self._parts: dict[str, Participation] = {}
         self._wait = 0  # the first answer comes at once, and shows that the way is open
 
     async def run(self) -> None:
@@ -144,8 +148,9 @@ class Agent:
 
     async def _answer(self, study: StudyHome, terms: Terms, decision: Decision) -> None:
         """Pin what was accepted before saying so: from then on nothing else is taken part in."""
-        if decision.accepted:
-            pin(study, terms)
+        if decision.accepted and not await self._pin(study, terms):
+            await asyncio.sleep(_LOOK_SECONDS)  # it is offered again
+            return
         await self._tell(study.name, terms.digests, decision.accepted, decision.rule)
         state = "accepted" if decision.accepted else decision.rule
         self._tools.status.study(study.name, state=state, title=terms.plan.study.title)
@@ -164,26 +169,53 @@ class Agent:
         )
         await self._tools.client.answer_offer(request)
 
+    async def _pin(self, study: StudyHome, terms: Terms) -> bool:
+        """Pin what was accepted, once nothing under the roster before is in doubt; whether it is
+        pinned. Until then the study goes on under that roster, which gets it the certificates."""
+        part = self._parts.get(study.name)
+        if pinned_terms(study) not in (None, terms):
+            if part is not None and part.in_doubt:
+                return False
+            await self._halt(study)
+            if in_doubt(study):
+                return False
+        pin(study, terms)
+        return True
+
+    async def _halt(self, study: StudyHome) -> None:
+        running = self._studies.get(study.name)
+        if running is not None:
+            running.task.cancel()
+            await asyncio.gather(running.task, return_exceptions=True)
+
     async def _look_for_decisions(self) -> None:
         """Start what was accepted, here or by a person, and what ran before a restart."""
         for study in self._home.studies():
             decided = study.decision.stat().st_mtime_ns if study.decision.exists() else 0
             known = self._studies.get(study.name)
-            if study.ended.exists() or (known and known.decided == decided and not known.over):
+            over = study.ended.exists() and not self._is_back(study)
+            if over or (known and known.decided == decided and not known.over):
                 continue
             offered, decision = offered_terms(study), stored_decision(study)
+            pinned = True
             if offered and decision and decision.accepted and decision.about(offered):
-                pin(study, offered)
-            await self._take_part(study, decided)
+                pinned = await self._pin(study, offered)
+            await self._take_part(study, decided if pinned else 0)
         await asyncio.sleep(_LOOK_SECONDS)
+
+    def _is_back(self, study: StudyHome) -> bool:
+        """Whether a study that ended for this site alone was accepted again, under a new roster."""
+        offered, decision, pinned = offered_terms(study), stored_decision(study), None
+        if offered and decision and decision.accepted and decision.about(offered):
+            pinned = pinned_terms(study)
+        return pinned is not None and newer_offer(study, pinned) is not None
 
     async def _take_part(self, study: StudyHome, decided: int) -> None:
         terms, known = pinned_terms(study), self._studies.get(study.name)
         if terms is None:
             return
         if known is not None and (known.over or known.terms != terms):
-            known.task.cancel()
-            await asyncio.gather(known.task, return_exceptions=True)
+            await self._halt(study)
             known = None
         task = known.task if known else asyncio.create_task(self._run_study(study, terms))
         self._studies[study.name] = Running(terms, decided, task)
@@ -197,7 +229,9 @@ class Agent:
             quantities = Quantities(
                 self._home, study, terms.plan, self._config, tools.worker, index
             )
-            await Participation(tools, study, terms, party, quantities).run()
+            part = Participation(tools, study, terms, party, quantities)
+            self._parts[study.name] = part
+            await part.run()
         except (SiloError, KeyError) as error:
             log.error("study stopped here", study=study.name, reason=str(error))
             self._tools.status.study(study.name, state="stopped", trouble=str(error))
@@ -205,6 +239,8 @@ class Agent:
         except Exception:
             log.exception("study failed here", study=study.name)
             await asyncio.sleep(_RETRY_SECONDS)
+        finally:
+            self._parts.pop(study.name, None)
 
     async def _keep_certificate(self) -> None:
         if datetime.now(UTC) >= self._enrolment.renewal_due():

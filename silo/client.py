@@ -110,13 +110,23 @@ class Client:
             drained.cancel()
         await self._channel.close(grace=None)
 
-    async def next_task(self, study: str, settled: int, wait: int) -> pb.Task:
-        request = pb.NextTaskRequest(study=study, settled_session=settled, wait_seconds=wait)
+    async def next_task(self, study: str, settled: int, wait: int, epoch: int = 0) -> pb.Task:
+        """`epoch` is that of the roster pinned for `study`."""
+        request = pb.NextTaskRequest(
+            study=study, settled_session=settled, wait_seconds=wait, epoch=epoch
+        )
         seconds = _CALL_SECONDS + wait
         return await self._call(lambda: self._coordination.NextTask(request, timeout=seconds))
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
         await self._call(lambda: self._coordination.AnswerOffer(request, timeout=_CALL_SECONDS))
+
+    async def leave_study(self, study: str, reason: str) -> None:
+        request = pb.LeaveStudyRequest(study=study, reason=reason)
+        await self._call(lambda: self._coordination.LeaveStudy(request, timeout=_CALL_SECONDS))
+
+    async def countersign(self, request: pb.CountersignRequest) -> None:
+        await self._call(lambda: self._coordination.Countersign(request, timeout=_CALL_SECONDS))
 
     async def submit(self, request: pb.SubmitRequest) -> None:
         await self._call(lambda: self._coordination.Submit(request, timeout=_CALL_SECONDS))

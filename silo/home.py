@@ -4,6 +4,7 @@ HOME/
   site.toml                 the institution's configuration and site policy
   agent.lock                held by the running agent
   status.json               what the agent is doing, for `concilium silo status`
+  heads.jsonl               heads of the study centre's audit log that this site signed
   enrolment.json            the coordinator's address and the site's name there
   keys/                     identity.pem (Ed25519), tls.pem (P-256), ledger.key; never leave
   certificates/             authority.pem, site.pem, request.der
@@ -14,7 +15,7 @@ HOME/
     plan.toml, roster               as accepted: pinned
     ledger                          what is never done twice (silo/ledger.py)
     shares.key                      opens the shares in the ledger; new when a session has ended
-    outcomes/<session>.certificate  how sessions ended
+    outcomes/<epoch>/<session>.certificate  how sessions ended
     artifacts/<sha256>              input models and other public files
     vectors/<purpose>-<round>/      prepared vectors, kept until their outcome is known
     masked/<session>.vector         masked vectors while they are uploaded
@@ -22,6 +23,7 @@ HOME/
     control.npy                     SCAFFOLD: this silo's control variate
     pool/                           synthetic images of this site, and which were offered
     work/                           checkpoints and progress of the worker
+    leave.json                      that a person wants to leave, and why
     ended.json, model/              how the study ended, and its final model
 """
 
@@ -76,9 +78,9 @@ class StudyHome:
     def shares_key(self) -> Path:
         return self.path / "shares.key"
 
-    @property
-    def outcomes(self) -> Path:
-        return make_folder(self.path / "outcomes")
+    def outcomes(self, epoch: int) -> Path:
+        """Certificates of the sessions under the roster of an epoch."""
+        return make_folder(self.path / "outcomes" / str(epoch))
 
     @property
     def artifacts(self) -> Path:
@@ -107,6 +109,10 @@ class StudyHome:
     @property
     def control(self) -> Path:
         return self.path / "control.npy"
+
+    @property
+    def leave(self) -> Path:
+        return self.path / "leave.json"
 
     @property
     def ended(self) -> Path:
@@ -140,6 +146,10 @@ class SiloHome:
     @property
     def status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def heads(self) -> Path:
+        return self.path / "heads.jsonl"
 
     @property
     def enrolment(self) -> Path:

@@ -147,7 +147,22 @@ def record(study: StudyHome, terms: Terms, *, accepted: bool, rule: str = "") ->
 
 
 def pin(study: StudyHome, terms: Terms) -> None:
-    """From here on the study means this plan and this roster."""
+    """From here on the study means this plan and this roster.
+
+    Never while a session of the roster before is in doubt: a certificate of that roster could not
+    be checked any more, and would leave it in doubt for good.
+    """
     if pinned_terms(study) != terms:
+        # Who had left, or was taken out, is in again. Before the roster: what a crash leaves is the
+        # roster before, under which the study centre says once more that it has ended.
+        study.leave.unlink(missing_ok=True)
+        study.ended.unlink(missing_ok=True)
         write_file(study.roster, terms.roster.encode())
         write_file(study.plan, terms.plan.toml().encode())
+
+
+def newer_offer(study: StudyHome, pinned: Terms) -> Terms | None:
+    """Terms under a later roster than the pinned one, whatever was decided about them."""
+    offered = offered_terms(study)
+    later = offered is not None and offered.roster.epoch > pinned.roster.epoch
+    return offered if later else None

@@ -28,6 +28,7 @@ from secagg.events import (
     SiloEvent,
     Survivors,
 )
+from secagg.ledger import History
 from secagg.messages import MaskedInput, Parcel, Signed, Step
 from secagg.silo import SiloParty
 from silo import failpoints
@@ -41,10 +42,11 @@ from silo.errors import (
     WorkFailed,
 )
 from silo.files import read_json, write_json
+from silo.heads import Heads, LogRewritten
 from silo.home import StudyHome
 from silo.ledger import LedgerFile
 from silo.model_size import parameter_count
-from silo.offers import Terms
+from silo.offers import Terms, newer_offer
 from silo.orders import PublishModel
 from silo.outcomes import Outcomes
 from silo.proposal import Artifact, Pinned, Proposal, check_open
@@ -78,6 +80,7 @@ class Tools:
     worker: Worker
     status: Status
     config: SiloConfig
+    heads: Heads
 
 
 class Participation:
@@ -91,14 +94,19 @@ class Participation:
         self._quantities = quantities
         self._ledger = LedgerFile(study.ledger, study.name)
         self._protocol = Protocol(party, self._ledger, study.masked, study.shares_key)
-        self._outcomes = Outcomes(study.outcomes)
+        self._outcomes = Outcomes(study.outcomes(terms.roster.epoch))
         self._delay = _FIRST_DELAY
         self._reports: set[asyncio.Task[None]] = set()
         self._refused: set[tuple[int, str]] = set()
         self._log = structlog.get_logger(__name__).bind(study=study.name)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a masked input of this site is in a session that nothing proves the end of."""
+        return bool(self._protocol.history.in_doubt)
+
     async def run(self) -> None:
-        """Until the study has ended."""
+        """Until the study has ended, or this site has left it."""
         self._show(state="running", title=self.terms.plan.study.title, trouble=None)
         try:
             while not self._study.ended.exists():
@@ -111,8 +119,9 @@ class Participation:
         """One task. What went wrong is told to whoever has to act, and asked for again later."""
         task = None
         try:
-            settled = self._outcomes.settled
-            task = await self._tools.client.next_task(self._study.name, settled, _WAIT_SECONDS)
+            if self._study.leave.exists() and not self.in_doubt:
+                return await self._leave()
+            task = await self._next_task(_WAIT_SECONDS)
             await self._answer(task)
         except _REFUSED as error:
             await self._refuse(task, error, str(error))
@@ -123,6 +132,18 @@ class Participation:
             await self._wait_after(error)
         else:
             self._delay = _FIRST_DELAY
+
+    async def _next_task(self, wait: int) -> pb.Task:
+        name, epoch = self._study.name, self.terms.roster.epoch
+        return await self._tools.client.next_task(name, self._outcomes.settled, wait, epoch)
+
+    async def _leave(self) -> None:
+        """Tell the study centre, then end. What is in doubt was settled first: the others' sum may
+        need this site, and a later study could otherwise never know."""
+        stored = read_json(self._study.leave) or {}
+        await self._tools.client.leave_study(self._study.name, str(stored.get("reason", "")))
+        self._log.info("left the study")
+        write_json(self._study.ended, {"reason": "left", "model": ""})
 
     async def _refuse(self, task: pb.Task | None, error: Exception, reason: str) -> None:
         """Into this site's log and to the study centre, once for each session and reason: a
@@ -159,10 +180,6 @@ class Participation:
                 await self._open(task)
             case "outcome":
                 await self._settle(task)
-            case "offer":
-                # New terms are decided in the agent's loop of offers; it restarts this study.
-                self._show(phase="new terms wait for approval")
-                await asyncio.sleep(_FIRST_DELAY)
             case _:
                 self._show(session=task.session, phase=kind, activity="", trouble=None)
                 sends = await asyncio.to_thread(self._protocol.handle, event_of(task))
@@ -174,6 +191,7 @@ class Participation:
         if under_way is not None and under_way.encode() == task.open.context:
             sends = await asyncio.to_thread(self._protocol.handle, Open(under_way))
             return await self._send(task, sends)
+        self._check_consent()
         proposal = check_open(task.session, task.open, self._pinned())
         self._protocol.history.check_open(proposal.context)
         context = proposal.context
@@ -189,6 +207,17 @@ class Participation:
         )
         vector = await self._while_wanted(task.session, prepared)
         await self._send(task, await asyncio.to_thread(self._protocol.open, context, vector))
+
+    def _check_consent(self) -> None:
+        """Nothing new is begun once a person wants to leave, or has yet to see a later roster."""
+        if self._study.leave.exists():
+            raise ProposalRefused("this site leaves the study")
+        newer = newer_offer(self._study, self.terms)
+        if newer is not None:
+            raise ProposalRefused(
+                f"roster {newer.roster.epoch} was offered, roster {self.terms.roster.epoch} is "
+                "pinned: this site takes part again when a person has accepted the new one"
+            )
 
     async def _while_wanted(self, session: int, prepared: Coroutine[None, None, Path]) -> Path:
         """The vector; raises SessionOver when the coordinator goes on without waiting for it.
@@ -213,8 +242,7 @@ class Participation:
         misses = 0
         while misses < 2:
             await asyncio.sleep(_LOOK_SECONDS)
-            name, settled = self._study.name, self._outcomes.settled
-            task = await self._tools.client.next_task(name, settled, 0)
+            task = await self._next_task(0)
             wanted = task.session == session and task.WhichOneof("task") == "open"
             misses = 0 if wanted else misses + 1
 
@@ -291,6 +319,22 @@ class Participation:
         names = self.terms.roster.names(certificate.survivors)
         self._log.info("session settled", session=task.session, outcome=how, survivors=names)
         self._show(session=task.session, phase=how, activity="")
+        if task.outcome.HasField("log"):
+            await self._countersign(task.outcome.log)
+
+    async def _countersign(self, log: pb.LogHead) -> None:
+        """Vouch for the audit log as it was when the session ended. One that is missed, since this
+        process ends here for example, is covered by the next."""
+        try:
+            sign = self._tools.heads.sign
+            head = await asyncio.to_thread(sign, log.place, log.digest.hex())
+            request = pb.CountersignRequest(
+                study=self._study.name, log=log, signature=bytes.fromhex(head.signature)
+            )
+            await self._tools.client.countersign(request)
+        except (LogRewritten, RefusedByCoordinator) as error:
+            self._log.error("audit log not countersigned", reason=str(error))
+            self._show(trouble=str(error))
 
     async def _end(self, ended: pb.StudyEnded) -> None:
         reason = pb.StudyEnded.Reason.Name(ended.reason).lower()
@@ -324,6 +368,15 @@ class Participation:
 
     def _show(self, **values: object) -> None:
         self._tools.status.study(self._study.name, **values)
+
+
+def in_doubt(study: StudyHome) -> bool:
+    """`Participation.in_doubt` of a study that no agent has open. Raises LedgerError otherwise."""
+    ledger = LedgerFile(study.ledger, study.name)
+    try:
+        return bool(History.of(ledger.entries()).in_doubt)
+    finally:
+        ledger.close()
 
 
 def event_of(task: pb.Task) -> SiloEvent:

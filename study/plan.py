@@ -91,7 +91,10 @@ class SecureSum(Spec):
 
 
 class Deadlines(Spec):
-    """[deadlines]: seconds after which the coordinator closes each step of a session."""
+    """[deadlines]: seconds after which the coordinator closes an offer, or a step of a session."""
+
+    offer: Seconds = 14 * 86_400.0
+    """For the sites' answers: then the study goes without those that gave none."""
 
     advertise: Seconds = 900.0
     """From the task to the adverts: local training, sampling and encoding happen here."""

@@ -178,6 +178,35 @@ def decline(study: str, why: str, home: Path) -> None:
 
 @command.command()
 @click.argument("study")
+@click.option("--reason", default="", help="For a person at the study centre.")
+@_home
+@_plainly
+def leave(study: str, reason: str, home: Path) -> None:
+    """Take no further part in STUDY. The session under way is settled first; the others go on."""
+    admin.leave(home, study, reason)
+    click.echo(f"leaving {study}: the agent tells the study centre when its session is settled")
+
+
+@command.command()
+@_home
+@_plainly
+def heads(home: Path) -> None:
+    """Print what this site signed of the study centre's audit log, for whoever verifies it."""
+    click.echo(admin.heads(home), nl=False)
+
+
+@command.command()
+@click.argument("log", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@_home
+@_plainly
+def audit(log: Path, home: Path) -> None:
+    """Check LOG, an audit log that the study centre exported, against what this site signed."""
+    found = admin.audit(home, log)
+    click.echo(f"{found.entries} entries, unchanged up to entry {found.countersigned} for certain")
+
+
+@command.command()
+@click.argument("study")
 @click.confirmation_option(
     prompt="Have the sites agreed that the sessions in doubt stay closed? Their quantities are "
     "never summed again"

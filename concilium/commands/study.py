@@ -40,6 +40,35 @@ def start(plan: Path, sites: tuple[str, ...], home: Path) -> None:
 
 @command.command()
 @click.argument("study")
+@click.option("--add", multiple=True, metavar="SITE", help="An approved site that joins.")
+@click.option("--remove", multiple=True, metavar="SITE", help="A site that is taken out.")
+@home_option
+@plainly
+def roster(study: str, add: tuple[str, ...], remove: tuple[str, ...], home: Path) -> None:
+    """Go on with STUDY under another roster: a new epoch.
+
+    Sites that left or were revoked are taken out by themselves. The session under way ends first;
+    then every site compares the new fingerprint and accepts, images are counted again, and the
+    rounds go on from the model as it is.
+    """
+    made = admin.change_roster(home, study, add, remove)
+    names = ", ".join(member.name for member in made.members)
+    click.echo(f"roster {made.epoch} of {study}: {names}; threshold {made.threshold}")
+    click.echo(f"each site accepts with: concilium silo approve {study}")
+
+
+@command.command()
+@click.argument("study")
+@home_option
+@plainly
+def close(study: str, home: Path) -> None:
+    """Wait no longer for sites that have not answered the offer of STUDY."""
+    waiting = ", ".join(admin.close_offer(home, study)) or "nobody: all have answered"
+    click.echo(f"goes without {waiting}")
+
+
+@command.command()
+@click.argument("study")
 @home_option
 @plainly
 def pause(study: str, home: Path) -> None:

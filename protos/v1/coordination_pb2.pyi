@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NextTaskRequest(_message.Message):
-    __slots__ = ("study", "settled_session", "wait_seconds")
+    __slots__ = ("study", "settled_session", "wait_seconds", "epoch")
     STUDY_FIELD_NUMBER: _ClassVar[int]
     SETTLED_SESSION_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     study: str
     settled_session: int
     wait_seconds: int
-    def __init__(self, study: _Optional[str] = ..., settled_session: _Optional[int] = ..., wait_seconds: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, study: _Optional[str] = ..., settled_session: _Optional[int] = ..., wait_seconds: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("study", "session", "idle", "offer", "open", "adverts", "headers", "survivors", "confirmations", "give_up", "outcome", "ended")
@@ -112,10 +114,20 @@ class GiveUp(_message.Message):
     def __init__(self, context_digest: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("certificate",)
+    __slots__ = ("certificate", "log")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
-    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
+    log: LogHead
+    def __init__(self, certificate: _Optional[bytes] = ..., log: _Optional[_Union[LogHead, _Mapping]] = ...) -> None: ...
+
+class LogHead(_message.Message):
+    __slots__ = ("place", "digest")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    place: int
+    digest: bytes
+    def __init__(self, place: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class StudyEnded(_message.Message):
     __slots__ = ("reason", "model")
@@ -124,9 +136,11 @@ class StudyEnded(_message.Message):
         REASON_UNSPECIFIED: _ClassVar[StudyEnded.Reason]
         FINISHED: _ClassVar[StudyEnded.Reason]
         STOPPED: _ClassVar[StudyEnded.Reason]
+        REMOVED: _ClassVar[StudyEnded.Reason]
     REASON_UNSPECIFIED: StudyEnded.Reason
     FINISHED: StudyEnded.Reason
     STOPPED: StudyEnded.Reason
+    REMOVED: StudyEnded.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     reason: StudyEnded.Reason
@@ -148,6 +162,32 @@ class AnswerOfferRequest(_message.Message):
     def __init__(self, study: _Optional[str] = ..., plan_digest: _Optional[bytes] = ..., roster_digest: _Optional[bytes] = ..., accepted: bool = ..., rule: _Optional[str] = ...) -> None: ...
 
 class AnswerOfferReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveStudyRequest(_message.Message):
+    __slots__ = ("study", "reason")
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    study: str
+    reason: str
+    def __init__(self, study: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class LeaveStudyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CountersignRequest(_message.Message):
+    __slots__ = ("study", "log", "signature")
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    study: str
+    log: LogHead
+    signature: bytes
+    def __init__(self, study: _Optional[str] = ..., log: _Optional[_Union[LogHead, _Mapping]] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class CountersignReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

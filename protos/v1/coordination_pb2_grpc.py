@@ -44,6 +44,11 @@ class CoordinationStub(object):
                 request_serializer=protos_dot_v1_dot_coordination__pb2.AnswerOfferRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_coordination__pb2.AnswerOfferReply.FromString,
                 _registered_method=True)
+        self.LeaveStudy = channel.unary_unary(
+                '/concilium.v1.Coordination/LeaveStudy',
+                request_serializer=protos_dot_v1_dot_coordination__pb2.LeaveStudyRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_coordination__pb2.LeaveStudyReply.FromString,
+                _registered_method=True)
         self.Submit = channel.unary_unary(
                 '/concilium.v1.Coordination/Submit',
                 request_serializer=protos_dot_v1_dot_coordination__pb2.SubmitRequest.SerializeToString,
@@ -69,6 +74,11 @@ class CoordinationStub(object):
                 request_serializer=protos_dot_v1_dot_coordination__pb2.UploadChunk.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_coordination__pb2.UploadReply.FromString,
                 _registered_method=True)
+        self.Countersign = channel.unary_unary(
+                '/concilium.v1.Coordination/Countersign',
+                request_serializer=protos_dot_v1_dot_coordination__pb2.CountersignRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_coordination__pb2.CountersignReply.FromString,
+                _registered_method=True)
         self.Download = channel.unary_stream(
                 '/concilium.v1.Coordination/Download',
                 request_serializer=protos_dot_v1_dot_coordination__pb2.DownloadRequest.SerializeToString,
@@ -88,6 +98,13 @@ class CoordinationServicer(object):
 
     def AnswerOffer(self, request, context):
         """Whether the institution takes part in the study as offered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveStudy(self, request, context):
+        """This institution takes no further part in a study; no session of it is in doubt any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +145,14 @@ class CoordinationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Countersign(self, request, context):
+        """A silo vouches for the head of the study centre's audit log that came with an outcome: no entry
+        up to there can be changed any more without contradicting the silo's signature.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Download(self, request, context):
         """An artifact of a study by its SHA-256, from an offset on.
         """
@@ -147,6 +172,11 @@ def add_CoordinationServicer_to_server(servicer, server):
                     servicer.AnswerOffer,
                     request_deserializer=protos_dot_v1_dot_coordination__pb2.AnswerOfferRequest.FromString,
                     response_serializer=protos_dot_v1_dot_coordination__pb2.AnswerOfferReply.SerializeToString,
+            ),
+            'LeaveStudy': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveStudy,
+                    request_deserializer=protos_dot_v1_dot_coordination__pb2.LeaveStudyRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_coordination__pb2.LeaveStudyReply.SerializeToString,
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
@@ -172,6 +202,11 @@ def add_CoordinationServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=protos_dot_v1_dot_coordination__pb2.UploadChunk.FromString,
                     response_serializer=protos_dot_v1_dot_coordination__pb2.UploadReply.SerializeToString,
+            ),
+            'Countersign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Countersign,
+                    request_deserializer=protos_dot_v1_dot_coordination__pb2.CountersignRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_coordination__pb2.CountersignReply.SerializeToString,
             ),
             'Download': grpc.unary_stream_rpc_method_handler(
                     servicer.Download,
@@ -233,6 +268,33 @@ class Coordination(object):
             '/concilium.v1.Coordination/AnswerOffer',
             protos_dot_v1_dot_coordination__pb2.AnswerOfferRequest.SerializeToString,
             protos_dot_v1_dot_coordination__pb2.AnswerOfferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveStudy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concilium.v1.Coordination/LeaveStudy',
+            protos_dot_v1_dot_coordination__pb2.LeaveStudyRequest.SerializeToString,
+            protos_dot_v1_dot_coordination__pb2.LeaveStudyReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -368,6 +430,33 @@ class Coordination(object):
             '/concilium.v1.Coordination/Upload',
             protos_dot_v1_dot_coordination__pb2.UploadChunk.SerializeToString,
             protos_dot_v1_dot_coordination__pb2.UploadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Countersign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concilium.v1.Coordination/Countersign',
+            protos_dot_v1_dot_coordination__pb2.CountersignRequest.SerializeToString,
+            protos_dot_v1_dot_coordination__pb2.CountersignReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class CoordinationStub:
     """The next thing this silo is asked to do in a study; waits until there is one."""
     AnswerOffer: _grpc.UnaryUnaryMultiCallable[_coordination_pb2.AnswerOfferRequest, _coordination_pb2.AnswerOfferReply]
     """Whether the institution takes part in the study as offered."""
+    LeaveStudy: _grpc.UnaryUnaryMultiCallable[_coordination_pb2.LeaveStudyRequest, _coordination_pb2.LeaveStudyReply]
+    """This institution takes no further part in a study; no session of it is in doubt any more."""
     Submit: _grpc.UnaryUnaryMultiCallable[_coordination_pb2.SubmitRequest, _coordination_pb2.SubmitReply]
     """One signed message of the secure sum."""
     ReportRefusal: _grpc.UnaryUnaryMultiCallable[_coordination_pb2.ReportRefusalRequest, _coordination_pb2.ReportRefusalReply]
@@ -50,6 +52,10 @@ class CoordinationStub:
     """How many bytes of an upload are committed: where to go on after a break."""
     Upload: _grpc.StreamUnaryMultiCallable[_coordination_pb2.UploadChunk, _coordination_pb2.UploadReply]
     """The masked vector of a session. The first chunk of a call starts at the committed offset."""
+    Countersign: _grpc.UnaryUnaryMultiCallable[_coordination_pb2.CountersignRequest, _coordination_pb2.CountersignReply]
+    """A silo vouches for the head of the study centre's audit log that came with an outcome: no entry
+    up to there can be changed any more without contradicting the silo's signature.
+    """
     Download: _grpc.UnaryStreamMultiCallable[_coordination_pb2.DownloadRequest, _coordination_pb2.DownloadChunk]
     """An artifact of a study by its SHA-256, from an offset on."""
 
@@ -60,6 +66,8 @@ class CoordinationAsyncStub(CoordinationStub):
     """The next thing this silo is asked to do in a study; waits until there is one."""
     AnswerOffer: _aio.UnaryUnaryMultiCallable[_coordination_pb2.AnswerOfferRequest, _coordination_pb2.AnswerOfferReply]  # type: ignore[assignment]
     """Whether the institution takes part in the study as offered."""
+    LeaveStudy: _aio.UnaryUnaryMultiCallable[_coordination_pb2.LeaveStudyRequest, _coordination_pb2.LeaveStudyReply]  # type: ignore[assignment]
+    """This institution takes no further part in a study; no session of it is in doubt any more."""
     Submit: _aio.UnaryUnaryMultiCallable[_coordination_pb2.SubmitRequest, _coordination_pb2.SubmitReply]  # type: ignore[assignment]
     """One signed message of the secure sum."""
     ReportRefusal: _aio.UnaryUnaryMultiCallable[_coordination_pb2.ReportRefusalRequest, _coordination_pb2.ReportRefusalReply]  # type: ignore[assignment]
@@ -70,6 +78,10 @@ class CoordinationAsyncStub(CoordinationStub):
     """How many bytes of an upload are committed: where to go on after a break."""
     Upload: _aio.StreamUnaryMultiCallable[_coordination_pb2.UploadChunk, _coordination_pb2.UploadReply]  # type: ignore[assignment]
     """The masked vector of a session. The first chunk of a call starts at the committed offset."""
+    Countersign: _aio.UnaryUnaryMultiCallable[_coordination_pb2.CountersignRequest, _coordination_pb2.CountersignReply]  # type: ignore[assignment]
+    """A silo vouches for the head of the study centre's audit log that came with an outcome: no entry
+    up to there can be changed any more without contradicting the silo's signature.
+    """
     Download: _aio.UnaryStreamMultiCallable[_coordination_pb2.DownloadRequest, _coordination_pb2.DownloadChunk]  # type: ignore[assignment]
     """An artifact of a study by its SHA-256, from an offset on."""
 
@@ -89,6 +101,14 @@ class CoordinationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordination_pb2.AnswerOfferReply, _abc.Awaitable[_coordination_pb2.AnswerOfferReply]]:
         """Whether the institution takes part in the study as offered."""
+
+    @_abc_1.abstractmethod
+    def LeaveStudy(
+        self,
+        request: _coordination_pb2.LeaveStudyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordination_pb2.LeaveStudyReply, _abc.Awaitable[_coordination_pb2.LeaveStudyReply]]:
+        """This institution takes no further part in a study; no session of it is in doubt any more."""
 
     @_abc_1.abstractmethod
     def Submit(
@@ -129,6 +149,16 @@ class CoordinationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordination_pb2.UploadReply, _abc.Awaitable[_coordination_pb2.UploadReply]]:
         """The masked vector of a session. The first chunk of a call starts at the committed offset."""
+
+    @_abc_1.abstractmethod
+    def Countersign(
+        self,
+        request: _coordination_pb2.CountersignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordination_pb2.CountersignReply, _abc.Awaitable[_coordination_pb2.CountersignReply]]:
+        """A silo vouches for the head of the study centre's audit log that came with an outcome: no entry
+        up to there can be changed any more without contradicting the silo's signature.
+        """
 
     @_abc_1.abstractmethod
     def Download(

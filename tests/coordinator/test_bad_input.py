@@ -141,7 +141,7 @@ def wrong_calls(stub: CoordinationStub, study: str) -> list[tuple[Any, grpc.Stat
     never = pb.ReportRefusalRequest(study=study, session=9, reason="x")
     chatty = pb.ReportProgressRequest(study=study, activity="x" * 81)
     control = pb.ReportProgressRequest(study=study, activity="\x1b[2J")
-    foreign = pb.NextTaskRequest(study="other-1234")
+    foreign = pb.NextTaskRequest(study="other-1234", epoch=1)
     answer = pb.AnswerOfferRequest(
         study=study, plan_digest=bytes(32), roster_digest=bytes(32), accepted=True
     )
@@ -175,7 +175,7 @@ async def test_missing_unknown_and_oversized_fields_and_foreign_studies_are_refu
                 found, text = await refused(call)
                 assert (found, words in text) == (code, True), text
         async with federation.silos["site-5"].credentials.channel(federation.address) as channel:
-            request = pb.NextTaskRequest(study=held.study)
+            request = pb.NextTaskRequest(study=held.study, epoch=1)
             code, text = await refused(CoordinationStub(channel).NextTask(request))
             assert (code, "not in the roster" in text) == (DENIED, True)
         await held.end()

@@ -18,7 +18,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, insert, select, text, update
 
 from coordinator import lease, migrations, records, registry, schema
-from coordinator.store import Fenced, Store, StoreError, note, verify_log
+from coordinator.audit import verified
+from coordinator.store import Fenced, Store, StoreError, note
 from tests.coordinator import postgres
 from tests.proxy import Proxy
 
@@ -39,7 +40,7 @@ def test_what_many_writers_note_at_once_is_one_unbroken_log(database: str) -> No
         thread.start()
     for thread in threads:
         thread.join()
-    assert stores[0].run(verify_log) == 40
+    assert stores[0].run(verified).entries == 40
     for store in stores:
         store.close()
 
@@ -69,7 +70,7 @@ def test_two_that_read_before_they_write_lose_no_change_of_each_other(database: 
         store.run(slow_join)
     thread.join()
     assert store.run(registry.site, "st-marys").status == "revoked"
-    assert store.run(verify_log) > 0
+    assert store.run(verified).entries > 0
     store.close()
     other.close()
 
@@ -138,10 +139,12 @@ def test_a_store_of_the_first_version_keeps_its_data_through_every_upgrade(
     assert store.run(migrations.standing) == "current"
     assert store.run(registry.site, "st-marys").identity == b"\0\1"
     assert store.run(records.study, "s-1").stage == "round 3"
-    assert store.run(verify_log) == 1
+    assert store.run(verified).entries == 2  # the site's identity was noted
+    kept = store.run(lambda c: c.execute(select(schema.rosters)).one())
+    assert (kept.epoch, kept.roster, kept.entered) == (1, b"r", 2.5)
     assert store.run(lease.look).holder == ""
     store.run(note, "after")
-    assert store.run(verify_log) == 2
+    assert store.run(verified).entries == 3
     store.close()
 
 
@@ -174,7 +177,7 @@ def test_who_lost_the_lease_can_commit_nothing_and_is_told(database: str) -> Non
     assert told == ["fenced"]
     assert new.run(count) == 1
     new.run(note, "after")
-    assert new.run(verify_log) == 2
+    assert new.run(verified).entries == 2
     old.close()
     new.close()
 
@@ -205,7 +208,7 @@ def test_the_lease_cannot_be_taken_between_the_fence_and_the_commit(database: st
         order.append("fenced")
     thread.join()
     assert sorted(order) in (["committed", "taken, 1 noted"], ["fenced", "taken, 0 noted"])
-    assert new.run(verify_log) == (1 if "committed" in order else 0)
+    assert new.run(verified).entries == (1 if "committed" in order else 0)
     old.close()
     new.close()
 
@@ -220,7 +223,7 @@ def test_a_locked_sqlite_store_is_waited_for(tmp_path: Path) -> None:
     assert thread.is_alive()
     other.execute("COMMIT")
     thread.join(10)
-    assert store.run(verify_log) == 1
+    assert store.run(verified).entries == 1
     store.close()
 
 
@@ -232,7 +235,7 @@ def test_a_postgresql_that_restarts_is_connected_to_again(
     postgres_server.halt()
     postgres_server.start()
     store.run(note, "after")
-    assert store.run(verify_log) == 2
+    assert store.run(verified).entries == 2
     store.close()
 
 

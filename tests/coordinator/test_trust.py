@@ -12,10 +12,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator import admin, registry
+from coordinator.audit import verified
 from coordinator.authority import Authority
 from coordinator.config import ConfigError, Home, read_config
 from coordinator.server import CoordinatorServer, ServerError
-from coordinator.store import Store, StoreError, verify_log
+from coordinator.store import Store, StoreError
 from protos.v1 import coordination_pb2 as pb
 from protos.v1 import enrolment_pb2 as join_pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
@@ -225,8 +226,8 @@ def test_keys_are_private_an_authority_is_never_replaced_and_the_log_shows_chang
     with pytest.raises(registry.RegistryError, match="no site 'nobody'"):
         admin.revoke(home, "nobody")
     store = Store(f"sqlite:///{home / 'store.sqlite'}")
-    assert store.run(verify_log) == 2
+    assert store.run(verified).entries == 2
     store.run(lambda c: c.exec_driver_sql("UPDATE events SET detail = '{}' WHERE place = 1"))
     with pytest.raises(StoreError, match="changed at or before entry 1"):
-        store.run(verify_log)
+        store.run(verified)
     store.close()

@@ -17,6 +17,7 @@ from secagg.silo import SiloParty
 from silo import participation
 from silo.config import Data, SiloConfig, Site
 from silo.errors import DataError
+from silo.heads import Heads
 from silo.home import SiloHome
 from silo.offers import Terms, pin
 from silo.participation import Participation, Tools
@@ -38,7 +39,7 @@ class ScriptedClient:
         self.refusals: list[tuple[int, str]] = []
         self.idle = asyncio.Event()
 
-    async def next_task(self, study: str, settled: int, wait: int) -> pb.Task:
+    async def next_task(self, study: str, settled: int, wait: int, epoch: int) -> pb.Task:
         if wait == 0 and self.standing is not None:
             return self.standing
         if self.tasks:
@@ -101,7 +102,8 @@ async def take_part(tmp_path: Path, client: ScriptedClient, vectors: Vectors) ->
     status = Status(tmp_path / "status.json", "site-1", "nowhere")
     party = SiloParty(ROSTER, 1, KEYS[0], Secret(os.urandom(32)), os.urandom)
     anything: Any = client
-    tools = Tools(anything, anything, status, config)
+    heads = Heads(tmp_path / "heads.jsonl", KEYS[0], "site-1")
+    tools = Tools(anything, anything, status, config, heads)
     part = Participation(tools, study, terms, party, vectors)  # type: ignore[arg-type]
     running = asyncio.create_task(part.run())
     async with asyncio.timeout(10):
@@ -169,5 +171,5 @@ async def test_a_forged_certificate_settles_nothing(tmp_path: Path) -> None:
     task = pb.Task(study="trial", session=1, outcome=pb.Outcome(certificate=forged))
     client = ScriptedClient(task)
     await take_part(tmp_path, client, Vectors(tmp_path))
-    assert list((tmp_path / "studies" / "trial" / "outcomes").iterdir()) == []
+    assert list((tmp_path / "studies" / "trial" / "outcomes" / "1").iterdir()) == []
     assert "a certificate does not verify" in client.refusals[0][1]

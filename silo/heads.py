@@ -1,0 +1,69 @@
+"""The heads of the study centre's audit log that this site has signed, and keeps.
+
+    HOME/heads.jsonl    one line each, as `concilium silo heads` prints them
+
+With them a log that was shortened or written anew can be told from the one that was there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from silo.errors import SiloError
+from silo.files import write_file
+from study.audit_log import AuditError, Head, read_heads
+
+
+class LogRewritten(SiloError):
+    """The study centre shows another audit log than the one this site signed."""
+
+
+def signed_heads(path: Path) -> list[Head]:
+    """All that this site signed, oldest first. Raises AuditError for a damaged file."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    # A power cut leaves a line that is not whole; what it said was never sent.
+    return read_heads(text[: text.rfind("\n") + 1])
+
+
+class Heads:
+    """Signs heads for one site; `path` is the file they are kept in."""
+
+    def __init__(self, path: Path, key: Ed25519PrivateKey, site: str) -> None:
+        """Raises SiloError for a file that was changed."""
+        self._path, self._key, self._site = path, key, site
+        self._turn = threading.Lock()
+        try:
+            self._known = {head.place: head for head in signed_heads(path)}
+        except AuditError as error:
+            raise SiloError(
+                f"{path} is damaged ({error}): move it away and keep it, a new one is begun"
+            ) from error
+        write_file(path, self._text().encode())
+
+    def sign(self, place: int, digest: str) -> Head:
+        """Raises LogRewritten where an entry is not what it was when this site signed it."""
+        with self._turn:
+            return self._sign(place, digest)
+
+    def _text(self) -> str:
+        return "".join(json.dumps(vars(head)) + "\n" for head in self._known.values())
+
+    def _sign(self, place: int, digest: str) -> Head:
+        known = self._known.get(place)
+        if known is not None and known.digest != digest:
+            raise LogRewritten(
+                f"entry {place} of the study centre's audit log is another one than this site "
+                "signed: ask the study centre (`concilium silo heads` is the proof)"
+            )
+        if known is None:
+            known = self._known[place] = Head.sign(self._key, self._site, place, digest)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(vars(known)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return known
