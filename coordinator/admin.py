@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from sqlalchemy import Connection, select
 
@@ -23,7 +25,7 @@ from coordinator.registry import Site
 from coordinator.store import Store, note
 from secagg.roster import Member, Roster
 from study.audit_log import Head, Verified, write_entries
-from study.plan import load_plan
+from study.plan import Plan, load_plan
 
 
 class AdminError(Exception):
@@ -61,11 +63,18 @@ class StudyStatus:
     """What the session under way sums, or ""."""
     phase: str
     """Its step."""
+    opened: float | None
+    """When the session under way was opened."""
     awaited: tuple[str, ...]
+    """Silos that the step waits for, or sites that have not answered the offer."""
     present: int
     """Silos that have answered this step."""
+    epoch: int
     threshold: int
     deadline: float | None
+    """When the step, or the offer, is closed."""
+    round_seconds: float | None
+    """How long a round took, the median of the last ten."""
     survivors: tuple[str, ...]
     """Those in the last round's sum."""
     loss: float | None
@@ -80,8 +89,10 @@ class Status:
     """All that a status page shows."""
 
     address: str
+    folder: Path
     sites: tuple[Site, ...]
     studies: tuple[StudyStatus, ...]
+    log_entries: int
 
 
 def init(home: Path, address: str, listen: str | None = None) -> str:
@@ -270,7 +281,8 @@ def _status(c: Connection, place: Home) -> Status:
     known = registry.all_sites(c)
     by_name = {site.name: site for site in known}
     studies = tuple(_study(c, place, row, by_name) for row in records.all_studies(c))
-    return Status(place.config().address, tuple(known), studies)
+    head = c.execute(select(schema.chain_head)).one()
+    return Status(place.config().address, place.root, tuple(known), studies, head.place)
 
 
 def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) -> StudyStatus:
@@ -295,10 +307,13 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
         rounds=plan.rounds.count,
         quantity=session.quantity if session else "",
         phase=session.phase if session else "",
+        opened=session.opened if session else None,
         awaited=awaited,
         present=session.present if session else 0,
+        epoch=roster.epoch,
         threshold=roster.threshold,
-        deadline=session.deadline if session else None,
+        deadline=_deadline(c, row, roster, plan, session),
+        round_seconds=_round_seconds(results, done),
         survivors=tuple(results.get(f"round {done:05} sum", {}).get("silos", ())),
         loss=last.get("loss"),
         fid=fids[-1] if fids else None,
@@ -306,6 +321,28 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
         silos=_silos(c, row.id, roster, known, awaited),
         folder=place.study(row.id),
     )
+
+
+def _deadline(
+    c: Connection,
+    row: StudyRow,
+    roster: Roster,
+    plan: Plan,
+    session: records.SessionRow | None,
+) -> float | None:
+    if row.state == "offered":
+        return records.epoch_entered(c, row.id, roster.epoch) + plan.deadlines.offer
+    return session.deadline if session else None
+
+
+def _round_seconds(results: dict[str, Any], done: int) -> float | None:
+    """What came under one round's keys took, in the middle of the last ten rounds."""
+    of_round: dict[str, float] = {}
+    for key, value in results.items():
+        word, _, rest = key.partition(" ")
+        if word == "round" and int(rest[:5]) <= done:
+            of_round[rest[:5]] = of_round.get(rest[:5], 0.0) + value["seconds"]
+    return median(list(of_round.values())[-10:]) if of_round else None
 
 
 def _silos(

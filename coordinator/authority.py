@@ -32,7 +32,7 @@ from study.invitation import Invitation
 
 SITE_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
 _URI = re.compile(rf"concilium://(?:silo/({SITE_NAME})|invitation/({SITE_NAME})/([0-9a-f]{{32}}))")
-_AUTHORITY_DAYS, _SERVER_DAYS, SILO_DAYS = 3650, 90, 30
+_AUTHORITY_DAYS, _SERVER_DAYS = 3650, 90
 # Clocks of hospitals are not always right; a certificate is good from a little before it is made.
 _CLOCK_SKEW = timedelta(minutes=10)
 
@@ -141,14 +141,18 @@ class Authority:
         return Invitation(site, address, self.pem, issued.pem, _key_pem(key), issued.expires)
 
     def silo_certificate(
-        self, site: str, request: x509.CertificateSigningRequest, now: datetime | None = None
+        self,
+        site: str,
+        request: x509.CertificateSigningRequest,
+        days: float,
+        now: datetime | None = None,
     ) -> Issued:
         """A certificate over the key of a request that `parse_request` checked. What else the
         request says, names above all, is ignored: the name is the one the site was invited by."""
         key = request.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - parse_request
         names = _uri(f"concilium://silo/{site}")
-        return self._issue(site, key, names, _CLIENT, timedelta(days=SILO_DAYS), now)
+        return self._issue(site, key, names, _CLIENT, timedelta(days=days), now)
 
     def _issue(
         self,
@@ -229,7 +233,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start - _CLOCK_SKEW)
+        .not_valid_before(start - min(_CLOCK_SKEW, life / 10))
         .not_valid_after(start + life)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

@@ -43,6 +43,9 @@ class CoordinatorConfig(BaseModel):
     """Seconds without a sign of life from the coordinator that holds the studies after which one
     that waits on the same store takes over."""
 
+    certificate_days: Annotated[float, Field(ge=1e-4, le=365.0)] = 30.0
+    """How long a silo's certificate is good; its agent renews it after two thirds of that."""
+
     largest_vector: Annotated[int, Field(ge=1024, le=2**38)] = 2**31
     """Largest upload of one silo, in bytes."""
 
@@ -52,8 +55,12 @@ class CoordinatorConfig(BaseModel):
     worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the child process that computes with torch; absent = torch's own choice."""
 
-    log: Literal["console", "json"] = "console"
-    """Log lines for people, or one JSON object a line."""
+    metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
+    """host:port where Prometheus may fetch metrics, over HTTP and by anybody who reaches it: bind
+    it to 127.0.0.1 or to a network of your own; absent = nowhere."""
+
+    log: Literal["auto", "console", "json"] = "auto"
+    """Log lines for people, or one JSON object a line; auto = for people on a terminal."""
 
     @property
     def bind(self) -> str:

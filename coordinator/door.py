@@ -79,21 +79,28 @@ class Door:
     def __init__(self, contacts: Contacts) -> None:
         self._contacts = contacts
         self._admitted: Mapping[str, str] = {}
-        self._inside: set[asyncio.Task[Any]] = set()
+        self._inside: dict[asyncio.Task[Any], Peer | None] = {}
+        self._put_out: set[asyncio.Task[Any]] = set()
         self._closed = False
 
     def admit(self, certificates: Mapping[str, str]) -> bool:
-        """Serial → site of all that are good; whether that changed anything."""
+        """Serial → site of all that are good. The open calls of all others end: one that waits for
+        its caller's next chunk would not look again by itself."""
         changed = self._admitted != certificates
         self._admitted = certificates
+        if changed:
+            for task, peer in self._inside.items():
+                if peer is not None and peer.token is None and not self._admits(peer):
+                    self._put_out.add(task)
+                    task.cancel()
         return changed
 
+    def _admits(self, peer: Peer) -> bool:
+        return self._admitted.get(peer.serial) == peer.site
+
     def check(self, peer: Peer) -> None:
-        if self._admitted.get(peer.serial) != peer.site:
-            raise Denied(
-                f"the certificate of site '{peer.site}' was revoked or replaced: ask the study "
-                "centre, and join again with a new invitation"
-            )
+        if not self._admits(peer):
+            raise _shut_out(peer)
 
     @asynccontextmanager
     async def silo(
@@ -132,6 +139,9 @@ class Door:
         peer = None if found is None else _peer_of(bytes(found))
         if peer is None:
             raise Denied("the client certificate names no site: join with an invitation first")
+        task = asyncio.current_task()
+        if task is not None:
+            self._inside[task] = peer
         return Caller(self, peer)
 
     @asynccontextmanager
@@ -140,15 +150,22 @@ class Door:
         task = asyncio.current_task()
         if self._closed or task is None:
             raise asyncio.CancelledError
-        self._inside.add(task)
+        self._inside[task] = None
         try:
             yield
         except AbortError:
             raise
+        except asyncio.CancelledError:
+            peer = self._inside[task]
+            if task not in self._put_out or peer is None:
+                raise
+            task.uncancel()
+            await _abort(context, _shut_out(peer))
         except Exception as error:
             await _abort(context, error)
         finally:
-            self._inside.discard(task)
+            self._put_out.discard(task)
+            del self._inside[task]
 
     async def close(self, grace: float) -> None:
         """Begin no call any more, and return when those that are open have ended; after `grace`
@@ -162,6 +179,13 @@ class Door:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def _shut_out(peer: Peer) -> Denied:
+    return Denied(
+        f"the certificate of site '{peer.site}' was revoked, replaced or has expired: ask the "
+        "study centre, and join again with a new invitation"
+    )
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

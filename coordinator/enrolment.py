@@ -23,8 +23,11 @@ _PROOF = b"concilium/join/1"
 class EnrolmentService(EnrolmentServicer):
     """Join under an invitation; renew under one's own certificate."""
 
-    def __init__(self, store: Store, authority: Authority, door: Door) -> None:
+    def __init__(
+        self, store: Store, authority: Authority, door: Door, certificate_days: float
+    ) -> None:
         self._store, self._authority, self._door = store, authority, door
+        self._days = certificate_days
 
     async def _admit(self) -> None:
         # The certificate may be used as soon as it is handed out.
@@ -70,7 +73,7 @@ class EnrolmentService(EnrolmentServicer):
         found = registry.certificate_for(c, site, csr)
         if found is not None:
             return found
-        issued = self._authority.silo_certificate(site, parse_request(csr))
+        issued = self._authority.silo_certificate(site, parse_request(csr), self._days)
         registry.record_certificate(c, site, csr, issued)
         return issued.pem
 

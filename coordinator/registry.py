@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from coordinator.authority import Issued, join_fingerprint
 from coordinator.schema import certificates, invitations, sites
@@ -38,15 +38,27 @@ class Site:
     agent_version: str | None
     last_contact: float | None
     changed: float
+    countersigned: int | None
+    """The last entry of the audit log that it signed."""
+    certificate_expires: float | None
+    """The end of its newest certificate."""
+
+
+_EXPIRES = (
+    select(func.max(certificates.c.expires))
+    .where(certificates.c.site == sites.c.name, certificates.c.revoked.is_(False))
+    .scalar_subquery()
+)
+_SITES = select(sites, _EXPIRES.label("certificate_expires"))
 
 
 def all_sites(c: Connection) -> list[Site]:
     # Sorted here: a database may order names by the rules of a language, a roster goes by bytes.
-    return sorted(map(_site, c.execute(select(sites))), key=lambda found: found.name)
+    return sorted(map(_site, c.execute(_SITES)), key=lambda found: found.name)
 
 
 def site(c: Connection, name: str) -> Site:
-    row = c.execute(select(sites).where(sites.c.name == name)).first()
+    row = c.execute(_SITES.where(sites.c.name == name)).first()
     if row is None:
         raise RegistryError(f"there is no site '{name}': invite it first")
     return _site(row)

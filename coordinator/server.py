@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import grpc
 import structlog
 from grpc.aio import Server
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from coordinator import admin, records, registry
 from coordinator import contacts as signs_of_life
-from coordinator import records, registry
 from coordinator.artifacts import Artifacts
 from coordinator.authority import Authority
 from coordinator.config import CoordinatorConfig, Home
@@ -23,6 +26,7 @@ from coordinator.contacts import Contacts
 from coordinator.door import Door
 from coordinator.enrolment import EnrolmentService
 from coordinator.jobs import Machine
+from coordinator.metrics import Metrics
 from coordinator.runner import Runner
 from coordinator.service import CoordinationService
 from coordinator.sessions import Tools
@@ -39,6 +43,8 @@ log = structlog.get_logger()
 # How soon the service sees what the command line wrote: approvals, revocations, studies.
 _LOOK_EVERY = 0.5
 _GRACE = 3.0
+# What a probe may ask for by name, as grpc.health.v1 has it.
+_SERVICES = (health.OVERALL_HEALTH, "concilium.v1.Coordination", "concilium.v1.Enrolment")
 
 _OPTIONS: list[tuple[str, Any]] = [
     # Two services on one port would each get half of the silos' connections.
@@ -77,6 +83,8 @@ class CoordinatorServer:
         self._door, self._studies = Door(self._contacts), Studies()
         largest = self._config.largest_vector
         self._service = CoordinationService(self._tools, self._door, self._studies, largest)
+        self._health = health.aio.HealthServicer()
+        self._metrics = Metrics(lambda: admin.status(home))
         self._server: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.fenced = asyncio.Event()
@@ -96,9 +104,11 @@ class CoordinatorServer:
         await self._look()
         server = self._server = grpc.aio.server(options=_OPTIONS)
         add_CoordinationServicer_to_server(self._service, server)
-        enrolment = EnrolmentService(self._store, self._authority, self._door)
+        enrolment = EnrolmentService(
+            self._store, self._authority, self._door, self._config.certificate_days
+        )
         add_EnrolmentServicer_to_server(enrolment, server)
-        server.add_generic_rpc_handlers((_health(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             server.add_secure_port(self._bind, self._credentials())
         except RuntimeError as error:
@@ -108,8 +118,24 @@ class CoordinatorServer:
                 f"{self._home.config_file}"
             ) from error
         await server.start()
+        await self._serve_metrics()
+        for service in _SERVICES:
+            await self._health.set(service, HealthCheckResponse.SERVING)
         self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
         log.info("coordinator.started", listen=self._bind, address=self._config.address)
+
+    async def _serve_metrics(self) -> None:
+        address = self._config.metrics
+        if address is None:
+            return
+        try:
+            self._metrics.serve(address)
+        except OSError as error:
+            raise ServerError(
+                f"cannot listen on {address} ({error.strerror}): another program has the port, or "
+                f"the address is not this machine's. Set `metrics` in {self._home.config_file}"
+            ) from error
+        log.info("metrics.started", listen=address)
 
     async def _clear(self) -> None:
         """Remove what a crash has left: for who holds the lease only, not for a standby."""
@@ -124,6 +150,7 @@ class CoordinatorServer:
         """Let open calls end, stop the runners, close the store. Everything goes on from where
         it was when the service starts again, or at a standby."""
         self._service.closing = True
+        await self._health.enter_graceful_shutdown()
         self._studies.wake()
         await self._door.close(grace)
         if self._server is not None:
@@ -134,6 +161,7 @@ class CoordinatorServer:
         for live in self._studies.all():
             if live.session is not None:
                 await live.session.detach()  # a commit that is under way ends first
+        await asyncio.to_thread(self._metrics.close)
         with suppress(Fenced):
             await self._store.do(signs_of_life.record, self._contacts.take())
         await self._seat.leave()
@@ -224,8 +252,9 @@ async def serve(home: Path, listen: str | None = None) -> None:
 def configure_logging(config: CoordinatorConfig) -> None:
     """One line per event, for people or as JSON."""
     renderer: Any = structlog.processors.JSONRenderer()
-    if config.log == "console":
-        renderer = structlog.dev.ConsoleRenderer(colors=False)
+    on_terminal = sys.stdout.isatty()
+    if config.log == "console" or (config.log == "auto" and on_terminal):
+        renderer = structlog.dev.ConsoleRenderer(colors=on_terminal)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -236,14 +265,3 @@ def configure_logging(config: CoordinatorConfig) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
-
-
-def _health() -> grpc.GenericRpcHandler:
-    """grpc.health.v1.Health/Check for probes. Its one answer, {status: SERVING}, is two bytes; a
-    service that is not well does not answer at all."""
-
-    async def answer(_request: bytes, _context: object) -> bytes:
-        return b"\x08\x01"
-
-    check: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(answer)
-    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})

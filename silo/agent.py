@@ -21,13 +21,14 @@ from secagg.silo import SiloParty
 from silo.client import Client
 from silo.config import SiloConfig, load_config
 from silo.enrolment import renew, way_of
-from silo.errors import EnrolmentError, SiloError
+from silo.errors import ConfigError, EnrolmentError, SiloError
 from silo.files import lock
 from silo.heads import Heads
 from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, Identity, load_enrolment, load_or_make_identity
-from silo.log import configure_logging
+from silo.log import LogStyle, configure_logging
 from silo.memory import keep_private
+from silo.metrics import Metrics
 from silo.offers import (
     BadOffer,
     Decision,
@@ -84,11 +85,14 @@ class Agent:
         self._tools = Tools(client, Worker(config.resources), status, config, heads)
         self._studies: dict[str, Running] = {}
         self._parts: dict[str, Participation] = {}
+        self._metrics = Metrics(lambda: status.values)
         self._wait = 0  # the first answer comes at once, and shows that the way is open
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._tools.status.certificate(self._enrolment.expires.isoformat())
+        self._tools.status.certificate(self._enrolment.expires)
+        if self._config.agent.metrics:
+            serve_metrics(self._metrics, self._config.agent.metrics)
         log.info("agent started", site=self._config.site.name, coordinator=self._enrolment.address)
         try:
             async with asyncio.TaskGroup() as group:
@@ -104,6 +108,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         self._tools.worker.kill()
+        await asyncio.to_thread(self._metrics.close)
         await self._tools.client.close()
         self._tools.status.stopped()
         log.info("agent stopped")
@@ -248,8 +253,20 @@ class Agent:
                 self._home, self._identity, self._tools.client, self._proxy
             )
             log.info("certificate renewed", expires=self._enrolment.expires.isoformat())
-            self._tools.status.certificate(self._enrolment.expires.isoformat())
-        await asyncio.sleep(_RENEW_CHECK_SECONDS)
+            self._tools.status.certificate(self._enrolment.expires)
+        left = (self._enrolment.renewal_due() - datetime.now(UTC)).total_seconds()
+        await asyncio.sleep(max(1.0, min(left, _RENEW_CHECK_SECONDS)))
+
+
+def serve_metrics(metrics: Metrics, address: str) -> None:
+    """Raises ConfigError where the address cannot be had."""
+    try:
+        metrics.serve(address)
+    except OSError as error:
+        raise ConfigError(
+            f"[agent] metrics = {address!r} cannot be bound ({error.strerror}): another "
+            "program has the port, or the address is not this machine's"
+        ) from error
 
 
 def _printable(text: str) -> str:
@@ -286,8 +303,8 @@ async def _until_signal(agent: Agent) -> None:
         await work
 
 
-def main(home: Path) -> None:
+def main(home: Path, style: LogStyle = "auto") -> None:
     """The agent as a process: logs to standard error and to HOME/agent.log."""
-    configure_logging(home / "agent.log")
+    configure_logging(home / "agent.log", style)
     keep_private()
     asyncio.run(run(home))

@@ -23,6 +23,7 @@ from study.problems import explain
 
 Purpose = Literal["census", "moments", "tags", "images", "round", "evaluation"]
 Format = Literal["auto", "dicom", "images", "nifti", "npz", "idx", "cifar"]
+ADDRESS = r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
 SITE_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
@@ -166,6 +167,13 @@ class Resources(Spec):
         return Hours.parse(self.hours).open_at(moment.astimezone(zone))
 
 
+class Agent(Spec):
+    """[agent]: how the running agent can be watched."""
+
+    metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
+    """host:port where Prometheus may fetch metrics: bind it to 127.0.0.1; absent = nowhere."""
+
+
 class Approval(Spec):
     """[approval]: who accepts a study."""
 
@@ -183,6 +191,7 @@ class SiloConfig(Spec):
     policy: Policy = Policy()
     resources: Resources = Resources()
     approval: Approval = Approval()
+    agent: Agent = Agent()
 
 
 def load_config(home: SiloHome) -> SiloConfig:

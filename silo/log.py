@@ -6,24 +6,29 @@ import logging
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
 _BYTES, _FILES = 10_000_000, 5
 
 
-def configure_logging(file: Path, level: int = logging.INFO) -> None:
-    """Lines for people on standard error, JSON lines in `file` (rotated, never above 60 MB)."""
+LogStyle = Literal["auto", "console", "json"]
+
+
+def configure_logging(file: Path, style: LogStyle = "auto", level: int = logging.INFO) -> None:
+    """Lines on standard error, for people or as JSON (auto: for people on a terminal), and JSON
+    lines in `file` (rotated, never above 60 MB)."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    people = _handler(
-        logging.StreamHandler(sys.stderr),
-        shared,
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-    )
+    terminal = sys.stderr.isatty()
+    shown: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if style == "console" or (style == "auto" and terminal):
+        shown = structlog.dev.ConsoleRenderer(colors=terminal)
+    people = _handler(logging.StreamHandler(sys.stderr), shared, shown)
     file.touch(mode=0o600)
     stored = RotatingFileHandler(file, maxBytes=_BYTES, backupCount=_FILES - 1, encoding="utf-8")
     machine = _handler(stored, shared, structlog.processors.JSONRenderer(ensure_ascii=False))

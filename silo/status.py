@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,14 @@ class Status:
         self._values["trouble"] = trouble
         self._changed()
 
-    def certificate(self, expires: str) -> None:
-        self._values["certificate_expires"] = expires
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the file holds, as of now; to be read only."""
+        studies = {name: dict(shown) for name, shown in list(self._values["studies"].items())}
+        return {**self._values, "studies": studies}
+
+    def certificate(self, expires: datetime) -> None:
+        self._values["certificate_expires"] = expires.timestamp()
         self._changed()
 
     def study(self, name: str, **values: Any) -> None:

@@ -37,9 +37,9 @@ def hold_at(quantity: str, gate: asyncio.Event):  # type: ignore[no-untyped-def]
 
 
 async def test_a_site_leaves_another_joins_and_the_rounds_go_on_from_the_model_as_it_is(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    COUNTS["site-5"] = 70
+    monkeypatch.setitem(COUNTS, "site-5", 70)
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()
         gate = asyncio.Event()

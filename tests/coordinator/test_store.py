@@ -20,6 +20,7 @@ from sqlalchemy import Connection, create_engine, insert, select, text, update
 from coordinator import lease, migrations, records, registry, schema
 from coordinator.audit import verified
 from coordinator.store import Fenced, Store, StoreError, note
+from secagg.roster import Member, Roster
 from tests.coordinator import postgres
 from tests.proxy import Proxy
 
@@ -79,10 +80,12 @@ def test_bytes_text_and_times_come_back_as_they_went_in(database: str) -> None:
     store = Store(database)
     at, raw = 1765000000.123456, bytes(range(256)) * 40
     said = "Größe µ – “ok”"
-    store.run(records.create_study, "s", said, raw, "f")
+    names = ("a", "b", "c")
+    members = tuple(Member(name, name.encode() * 32) for name in names)
+    store.run(records.create_study, "s", said, Roster("s", 1, 3, 1, members))
 
     def set_times(c: Connection) -> None:
-        c.execute(update(schema.studies).values(created=at, model=raw))
+        c.execute(update(schema.studies).values(created=at, model=raw, roster=raw))
 
     store.run(set_times)
     row = store.run(records.study, "s")

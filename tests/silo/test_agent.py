@@ -121,7 +121,7 @@ async def test_a_silo_killed_in_a_sum_is_dropped_or_summed(
 
 
 def settled_sum(home: Path) -> bool:
-    return any(study_of(home).outcomes.iterdir())
+    return any(study_of(home).outcomes(1).iterdir())
 
 
 def centre_admin_results(centre: Centre) -> Any:

@@ -86,7 +86,7 @@ async def flaky(tmp_path: Path) -> AsyncIterator[tuple[Flaky, Client, list[str |
     await server.start()
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    certificate = authority.silo_certificate("north", request.sign(key, hashes.SHA256()))
+    certificate = authority.silo_certificate("north", request.sign(key, hashes.SHA256()), 30)
     seen: list[str | None] = []
     way = Way(f"127.0.0.1:{port}", authority.pem, certificate.pem, _pem(key))
     client = Client(way, seen.append)
