@@ -131,10 +131,8 @@ def _study(study: StudyStatus, at: float) -> Iterator[RenderableType]:
     if study.error:
         yield _indented(Text(f"! {study.error}", "yellow"))
     if study.survivors:
-        summed = f"last sum   {', '.join(study.survivors)}"
-        yield _indented(
-            Text(f"{summed} ({len(study.survivors)} of {len(study.silos)}, needs {study.threshold})")
-        )
+        share = f"{len(study.survivors)} of {len(study.silos)}, needs {study.threshold}"
+        yield _indented(Text(f"last sum   {', '.join(study.survivors)} ({share})"))
     figures = list(_figures(study))
     if figures:
         yield _indented(Text("so far     " + "   ".join(figures)))

@@ -140,6 +140,14 @@ class Authority:
         issued = self._issue(site, key.public_key(), names, _CLIENT, timedelta(hours=hours), now)
         return Invitation(site, address, self.pem, issued.pem, _key_pem(key), issued.expires)
 
+    def probe_credentials(self, now: datetime | None = None) -> tuple[bytes, bytes]:
+        """(key, certificate), both PEM, for asking the service on this machine whether it is well:
+        good for a minute, and it names nobody who may call anything else."""
+        key, names = ec.generate_private_key(ec.SECP256R1()), _uri("concilium://probe")
+        life = timedelta(minutes=1)
+        issued = self._issue("probe", key.public_key(), names, _CLIENT, life, now)
+        return _key_pem(key), issued.pem
+
     def silo_certificate(
         self,
         site: str,

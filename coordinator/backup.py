@@ -25,8 +25,9 @@ from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.engine import make_url
 
 from coordinator import lease, migrations, records, schema
+from coordinator.audit import verified
 from coordinator.config import Home, config_text
-from coordinator.store import Store, StoreError, note, verify_log
+from coordinator.store import Store, StoreError, note
 
 _MANIFEST, _STORE = "MANIFEST.json", "store.sqlite"
 _FOLDERS = ("authority", "artifacts", "spool", "studies")
@@ -245,7 +246,7 @@ def _fill(url: str, source: Path) -> None:
     """Copy the restored store into another database. Raises BackupError if that holds a study."""
     live, copy = Store(url), Store(f"sqlite:///{source}")
     try:
-        if live.run(verify_log):
+        if live.run(verified).entries:
             name = make_url(url).render_as_string()
             raise BackupError(f"the database {name} holds a coordinator already: name an empty one")
         copy.run(_copy_rows_to, live)
@@ -264,7 +265,7 @@ def _revive_store(file: Path) -> list[str]:
     store_ = Store(f"sqlite:///{file}", upgrade=True)
     try:
         store_.run(migrations.upgrade)
-        store_.run(verify_log)
+        store_.run(verified)
         return store_.run(_mark_restored)
     except StoreError as error:
         raise BackupError(f"the store in the backup cannot be used: {error}") from error

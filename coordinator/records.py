@@ -326,7 +326,9 @@ def skip_numbers(c: Connection, name: str, count: int) -> None:
     """After a restore: silos may have seen sessions that this store does not know of."""
     number = next_number(c, name) - 1 + count
     outcome = {"kind": "abandoned", "number": number, "why": "restored from a backup"}
-    values = {"study": name, "number": number, "quantity": "restored", "context": b"", "work": b""}
+    epoch = Roster.decode(study(c, name).roster).epoch
+    values = {"study": name, "number": number, "epoch": epoch, "quantity": "restored"}
+    values |= {"context": b"", "work": b""}
     values |= {"artifacts": "[]", "resting": "[]", "phase": "abandoned", "awaited": "[]"}
     values |= {"present": 0, "deadline": 0.0, "open": False, "outcome": json.dumps(outcome)}
     c.execute(insert(sessions).values(**values, opened=time.time()))

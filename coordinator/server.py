@@ -15,7 +15,7 @@ import grpc
 import structlog
 from grpc.aio import Server
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from coordinator import admin, records, registry
 from coordinator import contacts as signs_of_life
@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 # How soon the service sees what the command line wrote: approvals, revocations, studies.
 _LOOK_EVERY = 0.5
-_GRACE = 3.0
+_GRACE, _PROBE_SECONDS = 3.0, 5.0
 # What a probe may ask for by name, as grpc.health.v1 has it.
 _SERVICES = (health.OVERALL_HEALTH, "concilium.v1.Coordination", "concilium.v1.Enrolment")
 
@@ -247,6 +247,28 @@ async def serve(home: Path, listen: str | None = None) -> None:
             task.cancel()
         await asyncio.gather(starting, *ends, return_exceptions=True)
         await server.stop(grace=0.0 if server.fenced.is_set() else _GRACE)
+
+
+async def health_of(home: Path) -> str:
+    """What the service of `home` answers to a probe. Raises ServerError unless it serves."""
+    config, authority = Home(home).config(), Authority.load(Home(home).authority)
+    key, certificate = authority.probe_credentials()
+    credentials = grpc.ssl_channel_credentials(authority.pem, key, certificate)
+    port = config.bind.rpartition(":")[2]
+    options = [("grpc.ssl_target_name_override", config.host)]
+    async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
+        try:
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(HealthCheckRequest(), timeout=_PROBE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise ServerError(
+                f"no answer at port {port} of this machine ({error.code().name}): is the service "
+                "running? its log says why not"
+            ) from error
+    found: str = HealthCheckResponse.ServingStatus.Name(answer.status)
+    if answer.status != HealthCheckResponse.SERVING:
+        raise ServerError(f"the service answers {found}: it is being stopped, or waits as standby")
+    return found
 
 
 def configure_logging(config: CoordinatorConfig) -> None:

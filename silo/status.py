@@ -12,6 +12,8 @@ from typing import Any
 
 import structlog
 
+from silo.enrolment import agent_version
+
 _SECONDS_BETWEEN = 0.5
 
 log = structlog.get_logger(__name__)
@@ -27,6 +29,7 @@ class Status:
         self._values: dict[str, Any] = {
             "site": site,
             "coordinator": coordinator,
+            "version": agent_version(),
             "running": True,
             "process": os.getpid(),
             "last_contact": None,

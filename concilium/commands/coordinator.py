@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import click
 
 from concilium.show import age
+from concilium.status import coordinator_page, coordinator_values, show
 from coordinator import admin, server
 from coordinator import backup as copies
 from coordinator.admin import AdminError
@@ -171,47 +172,27 @@ def revoke(name: str, home: Path) -> None:
 
 
 @command.command()
-@click.option("--watch", is_flag=True, help="Show it again every second.")
+@click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
 @home_option
 @plainly
-def status(watch: bool, home: Path) -> None:
+def status(watch: bool, as_json: bool, home: Path) -> None:
     """Sites and studies: round, phase, who is awaited, survivors, loss and FID so far."""
-    while True:
-        now = admin.status(home)
-        if watch:
-            click.clear()
-        click.echo(described(now))
-        if not watch:
-            return
-        time.sleep(1)
+    show(
+        lambda: admin.status(home),
+        coordinator_page,
+        coordinator_values,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
-def described(now: admin.Status) -> str:
-    """The status page as text."""
-    lines = [f"coordinator {now.address}: {len(now.sites)} sites, {len(now.studies)} studies"]
-    for study in now.studies:
-        lines += ["", f"{study.id}: {study.title}", f"  {study.state}, {study.stage}"]
-        lines.append(f"  round {study.round} of {study.rounds}")
-        if study.quantity:
-            awaited = ", ".join(study.awaited) or "nobody"
-            lines.append(
-                f"  sum of {study.quantity}: {study.phase}; {study.present} answered, "
-                f"threshold {study.threshold}; awaited: {awaited}"
-            )
-        if study.survivors:
-            lines.append(f"  last round summed {', '.join(study.survivors)}")
-        figures = [("loss", study.loss), ("FID", study.fid), ("corrections", study.corrections)]
-        lines.append(
-            "  " + ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
-        )
-        if study.error:
-            lines.append(f"  ! {study.error}")
-        for silo in study.silos:
-            busy = silo.activity and study.state == "running"
-            doing = f"{silo.activity} {silo.step}/{silo.steps}" if busy else ""
-            seen = _contact(silo.last_contact)
-            lines.append(f"    {silo.name:20} {silo.answer:9} last contact {seen:12} {doing}")
-    return "\n".join(lines)
+@command.command()
+@home_option
+@plainly
+def health(home: Path) -> None:
+    """Ask the running service whether it serves (grpc.health.v1); status 1 where it does not."""
+    click.echo(asyncio.run(server.health_of(home)))
 
 
 def _contact(when: float | None) -> str:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import ParamSpec, TypeVar, get_args
 
 import click
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from concilium.show import age
+from concilium.status import show, silo_page
 from silo import admin, agent
 from silo import doctor as doctor_
 from silo.config import Format
 from silo.errors import SiloError
+from silo.log import LogStyle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -224,11 +223,19 @@ def settle(study: str, home: Path) -> None:
 
 
 @command.command()
+@click.option(
+    "--log",
+    "style",
+    type=click.Choice(["auto", "console", "json"]),
+    default="auto",
+    show_default=True,
+    help="Lines for people or as JSON; auto: for people on a terminal.",
+)
 @_home
 @_plainly
-def run(home: Path) -> None:
+def run(style: LogStyle, home: Path) -> None:
     """Run the agent until SIGTERM. It only dials out."""
-    agent.main(home)
+    agent.main(home, style)
 
 
 @command.command()
@@ -238,14 +245,7 @@ def run(home: Path) -> None:
 @_plainly
 def status(watch: bool, as_json: bool, home: Path) -> None:
     """What the agent is doing."""
-    while True:
-        now = admin.status(home)
-        if watch:
-            click.clear()
-        click.echo(json.dumps(now, indent=2) if as_json else _described(now))
-        if not watch:
-            return
-        time.sleep(1)
+    show(lambda: admin.status(home), silo_page, dict, watch=watch, as_json=as_json)
 
 
 def _checked(found: admin.Checked) -> Iterator[str]:
@@ -271,26 +271,3 @@ def _table(
             yield f"             {', '.join(examples[name][:3])}{', …' if count > 3 else ''}"
     if len(most) > _LINES:
         yield f"  {sum(count for _, count in most[_LINES:]):>9,}  others ({len(most) - _LINES})"
-
-
-def _described(now: dict[str, Any]) -> str:
-    if "site" not in now:
-        return "the agent has not run yet"
-    quiet = now["quiet_seconds"]
-    running = now["running"] and quiet < 60
-    lines = [
-        f"site         {now['site']}",
-        f"agent        {'running' if running else f'not running (silent for {age(quiet)})'}",
-        f"coordinator  {now['coordinator']}, last contact {_contact(now['last_contact'])}",
-        f"certificate  until {now['certificate_expires']}",
-    ]
-    if now["trouble"]:
-        lines.append(f"trouble      {now['trouble']}")
-    for name, study in now["studies"].items():
-        details = ", ".join(f"{key} {value}" for key, value in study.items() if value)
-        lines.append(f"study        {name}: {details}")
-    return "\n".join(lines)
-
-
-def _contact(when: float | None) -> str:
-    return "never" if when is None else f"{age(time.time() - when)} ago"

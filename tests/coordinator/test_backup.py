@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from concilium.cli import main
 from coordinator import admin, lease, records
+from coordinator.audit import verified
 from coordinator.backup import BackupError, backup, restore
 from coordinator.config import Home, config_text
-from coordinator.store import Store, verify_log
+from coordinator.store import Store
 from tests.coordinator import postgres
 from tests.coordinator.agent import TestSilo, nothing
 from tests.coordinator.federation import Federation
@@ -110,7 +111,7 @@ def test_a_backup_moves_a_coordinator_from_sqlite_to_postgresql_and_back(
     assert [site.name for site in admin.sites(back)] == ["northgate", "st-marys"]
     for folder in (there, back):
         store = Store(Home(folder).database(Home(folder).config()))
-        assert store.run(verify_log) > 2
+        assert store.run(verified).entries > 2
         assert store.run(lease.look).holder == ""
         store.close()
     with pytest.raises(BackupError, match="holds a coordinator already: name an empty one"):

@@ -55,10 +55,10 @@ def rules(centre: Centre) -> dict[str, str]:
     place = Home(centre.home)
     store = Store(place.database(place.config()))
     try:
-        said = store.run(records.answers_of, study.id)
+        said = store.run(records.answers_of, study.id, 1)
     finally:
         store.close()
-    return {site: rule for site, (_, rule) in said.items()}
+    return {site: answer.rule for site, answer in said.items()}
 
 
 def state(home: Path) -> str:
