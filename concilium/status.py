@@ -83,7 +83,7 @@ def coordinator_page(now: Status, at: float) -> Group:
     head = Text.assemble((f"coordinator {now.address}", "bold"), f"   {_clock(at)}")
     parts: list[RenderableType] = [head, Text()]
     if now.sites:
-        parts += [_sites(now, at), Text()]
+        parts += [_sites(now, at), *_pending(now), Text()]
     else:
         parts.append(Text("no site yet: concilium coordinator invite NAME", "dim"))
     for study in now.studies:
@@ -105,18 +105,23 @@ def coordinator_values(now: Status) -> dict[str, Any]:
 
 
 def _sites(now: Status, at: float) -> Table:
-    table = _table("site", "status", "last contact", "certificate", "version", "log signed")
+    table = _table("site", "status", "last contact", "certificate", "version", "signed log to")
     for site in now.sites:
-        shown = site.fingerprint if site.status == "pending" else _ago(site.last_contact, at)
         table.add_row(
             site.name,
             _state(site.status),
-            shown or "",
+            _ago(site.last_contact, at),
             _left(site.certificate_expires, at) if site.status == "approved" else "",
             site.agent_version or "",
-            f"{site.countersigned} of {now.log_entries}" if site.countersigned else "",
+            str(site.countersigned or ""),
         )
     return table
+
+
+def _pending(now: Status) -> Iterator[Text]:
+    for site in now.sites:
+        if site.status == "pending":
+            yield Text(f"{site.name} waits for approval; fingerprint {site.fingerprint}", "yellow")
 
 
 def _study(study: StudyStatus, at: float) -> Iterator[RenderableType]:
@@ -267,7 +272,7 @@ def _left(until: float | None, at: float) -> Text:
         return Text("none yet")
     left = until - at
     if left < 0:
-        return Text(f"expired {age(-left)} ago", "red")
+        return Text("expired", "red")
     return Text(f"{age(left)} left", "yellow" if left < _SOON else "")
 
 
