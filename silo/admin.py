@@ -6,6 +6,7 @@ These functions read and write the agent's folder, and work whether or not the a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -16,20 +17,24 @@ from typing import Any
 import numpy as np
 
 from secagg.ledger import History, Overruled
+from silo.client import Client
 from silo.config import SiloConfig, data_path, load_config
 from silo.data.cache import Cached, cache_dataset
 from silo.data.dataset import open_dataset
 from silo.data.sheet import write_sheet
 from silo.enrolment import join as enrol
-from silo.errors import ConfigError, SiloError
+from silo.enrolment import renew as renew_certificate
+from silo.enrolment import way_of, why_unreachable
+from silo.errors import ConfigError, EnrolmentError, SiloError
 from silo.files import make_folder, read_json, write_file, write_json
 from silo.heads import signed_heads
 from silo.home import SiloHome, StudyHome
-from silo.identity import Enrolment, load_or_make_identity
+from silo.identity import Enrolment, load_enrolment, load_or_make_identity
 from silo.ledger import LedgerFile
 from silo.offers import Terms, offered_terms, other_studies, pinned_terms, record, stored_decision
 from study.audit_log import AuditError, Verified, read_entries, verify
 
+_PATIENCE_SECONDS = 20.0
 _CONFIG = """\
 # What this institution brings to a study, and what it allows a study to ask for.
 # Restart the agent after a change.
@@ -124,6 +129,23 @@ async def join(home: Path, token: str, announce: Callable[[str], None]) -> Enrol
         announce=announce,
         proxy=config.coordinator.proxy.get_secret_value(),
     )
+
+
+async def renew(home: Path) -> Enrolment:
+    """A fresh certificate now; the agent does it by itself in time. Raises EnrolmentError."""
+    place = SiloHome(home)
+    proxy = load_config(place).coordinator.proxy.get_secret_value()
+    identity, enrolment = load_or_make_identity(place), load_enrolment(place)
+    enrolment.check()
+    way = way_of(enrolment, identity, proxy)
+    client = Client(way, lambda _: None)
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            return await renew_certificate(place, identity, client, proxy)
+    except TimeoutError as error:
+        raise EnrolmentError(await asyncio.to_thread(why_unreachable, way)) from error
+    finally:
+        await client.close()
 
 
 def roster(home: Path, study: str | None = None) -> str:

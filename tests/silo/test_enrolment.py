@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,46 @@ async def test_a_second_agent_on_the_same_home_is_refused(centre: Centre, tmp_pa
         await run(home)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_running_agent_renews_at_two_thirds_and_no_call_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from silo import agent
+
+    monkeypatch.setattr(agent, "_WAIT_SECONDS", 1)
+    made = Centre(tmp_path / "centre")
+    config = made.home / "coordinator.toml"
+    days = 15 / 86_400
+    text = config.read_text().replace("certificate_days = 30.0", f"certificate_days = {days}")
+    config.write_text(text)
+    await made.start()
+    home = make_site(tmp_path, "north")
+    await enrol(made, home, "north")
+    first = load_enrolment(SiloHome(home))
+    life = (first.expires - first.renewal_due()).total_seconds() * 3
+    assert 15 <= life <= 18
+    running, troubles = asyncio.create_task(agent.run(home)), set()
+    async with asyncio.timeout(25):
+        # Beyond the end of the first certificate: the second is in use by then.
+        while datetime.now(UTC) < first.expires + timedelta(seconds=1):
+            await asyncio.sleep(0.2)
+            troubles.add(admin.status(home).get("trouble"))
+    second = load_enrolment(SiloHome(home))
+    assert second.certificate_pem != first.certificate_pem
+    renewed = second.expires - timedelta(days=days)
+    assert abs((renewed - first.renewal_due()).total_seconds()) < 3
+    assert troubles == {None}
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await made.stop()
+    assert "call.refused" not in capsys.readouterr().out
+
+
+async def test_a_certificate_is_renewed_by_hand(centre: Centre, tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    await enrol(centre, home, "north")
+    before = load_enrolment(SiloHome(home))
+    fresh = await admin.renew(home)
+    assert fresh.certificate_pem != before.certificate_pem
+    assert load_enrolment(SiloHome(home)) == fresh

@@ -1,0 +1,82 @@
+"""Calls that are open while certificates change: revocation ends them, renewal does not."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from coordinator import admin
+from protos.v1 import coordination_pb2 as pb
+from protos.v1 import enrolment_pb2 as join_pb
+from protos.v1.coordination_pb2_grpc import CoordinationStub
+from protos.v1.enrolment_pb2_grpc import EnrolmentStub
+from tests.coordinator.agent import Credentials, certificate_request, new_key
+from tests.coordinator.federation import Federation
+from tests.coordinator.test_bad_input import Held, refused
+
+
+class Stalled:
+    """An upload of the held silo that sends one byte, and the rest when `go` is set."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def chunks(self) -> AsyncIterator[pb.UploadChunk]:
+        content, where = self._held.vector, {"study": self._held.study, "session": 1}
+        head = {"size": len(content), "sha256": hashlib.sha256(content).digest()}
+        yield pb.UploadChunk(offset=0, data=content[:1], **where, **head)
+        self.begun.set()
+        await self.go.wait()
+        yield pb.UploadChunk(offset=1, data=content[1:], **where)
+
+
+async def test_a_revoked_silo_is_put_out_of_an_upload_that_waits_for_its_next_chunk(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        held = Held(federation)
+        await held.begin()
+        stalled = Stalled(held)
+        async with held.silo.credentials.channel(federation.address) as channel:
+            upload = asyncio.ensure_future(CoordinationStub(channel).Upload(stalled.chunks()))
+            await stalled.begun.wait()
+            await asyncio.sleep(0.3)
+            began = time.monotonic()
+            admin.revoke(federation.home, held.silo.name)
+            code, text = await refused(upload)
+            assert (code, "was revoked" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
+            assert time.monotonic() - began < 5
+        # The others' sum goes on without it, and nothing of the half upload is in it.
+        await federation.until(lambda: federation.result(held.study, "census"))
+        assert federation.exact(held.study, "census", "census 1") == ["site-2", "site-3", "site-4"]
+
+
+async def test_an_upload_goes_on_while_the_certificate_that_it_began_under_is_renewed(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        held = Held(federation)
+        await held.begin()
+        stalled = Stalled(held)
+        key, pem = new_key()
+        async with held.silo.credentials.channel(federation.address) as channel:
+            upload = asyncio.ensure_future(CoordinationStub(channel).Upload(stalled.chunks()))
+            await stalled.begun.wait()
+            request = join_pb.RenewRequest(certificate_request=certificate_request(key))
+            renewed = await EnrolmentStub(channel).Renew(request)
+            fresh = Credentials(pem, renewed.certificate, held.silo.credentials.authority)
+            async with fresh.channel(federation.address) as other:
+                task = await CoordinationStub(other).NextTask(pb.NextTaskRequest())
+                assert task.WhichOneof("task") == "idle"
+            await asyncio.sleep(1.2)  # the service has looked at the certificates since
+            stalled.go.set()
+            assert (await upload).committed == len(held.vector)
+        await held.end()
