@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_an_institution_sets_up_and_looks_at_its_data(tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
     assert "5 images, cached as 1×8×8" in checked.output
     assert "broken.png" in checked.output
-    assert run("silo", "status", "--home", home).output == "the agent has not run yet\n"
+    assert run("silo", "status", "--home", home).output.startswith("the agent has not run yet")
 
 
 def test_check_counts_classes_and_reasons(tmp_path: Path) -> None:
@@ -163,7 +164,11 @@ def test_a_study_centre_sets_up_and_invites(tmp_path: Path) -> None:
     assert "st-marys" in run("coordinator", "sites", "--home", home).output
     assert run("coordinator", "approve", "st-marys", "--home", home).exit_code == 1
     assert "no study yet" in run("study", "list", "--home", home).output
-    assert "1 sites, 0 studies" in run("coordinator", "status", "--home", home).output
+    page = run("coordinator", "status", "--home", home).output
+    assert "st-marys  invited" in page
+    assert "no study yet" in page
+    found = json.loads(run("coordinator", "status", "--json", "--home", home).output)
+    assert [site["status"] for site in found["sites"]] == ["invited"]
 
 
 def test_sample_draws_a_grid_from_a_model_folder(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Runs what a page tells people to type, in order, against a deployment on this machine.
 
-Block by block: every ```sh block of a page is a shell script. `<!-- not run: why -->` right before a
-block leaves it out. What a page cannot know is put in: the address, the folder of the images, and
-TOKEN and STUDY, which are what `invite` and `study start` printed. Commands that do not end by
-themselves (`serve`, `run`, `join`) go on in the background, and are looked at when the page is over.
+Every sh block of a page is run, but for those with `<!-- not run: why -->` right before them. What a
+page cannot know is put in: the address, the folder of the images, and TOKEN and STUDY, which are what
+`invite` and `study start` printed. Commands that do not end by themselves (`serve`, `run`, `join`) go
+on in the background, and are looked at when the page is over.
 """
 
 from __future__ import annotations
