@@ -47,6 +47,8 @@ def countersign(c: Connection, head: Head) -> None:
         raise RegistryError(f"there is no site '{head.site}'")
     if site.countersigned is not None and head.place <= site.countersigned:
         return
+    if head.place > c.execute(select(schema.chain_head.c.place)).scalar_one():
+        raise BadRequest(f"CountersignRequest.log: there is no entry {head.place} yet")
     entry = c.execute(select(events.c.digest).where(events.c.place == head.place)).first()
     if entry is None or entry.digest != head.digest:
         raise BadRequest(f"CountersignRequest.log: entry {head.place} is not in this log")

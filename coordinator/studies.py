@@ -125,7 +125,7 @@ class LiveStudy:
         """What `site`, which has pinned the roster of `epoch`, is to do next, or None where it has
         to wait."""
         now = self.roster.epoch
-        if epoch > now or (epoch == now and settled > self.certified):
+        if epoch > now or settled > (self.certified if epoch == now else self.last):
             raise await self._of_an_older_backup(store, site, epoch, settled)
         if epoch not in self.rosters or all(m.name != site for m in self.rosters[epoch].members):
             raise Denied(f"site '{site}' is not in roster {epoch} of study '{self.id}'")
