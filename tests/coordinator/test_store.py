@@ -274,6 +274,6 @@ async def test_a_commit_whose_answer_is_lost_happens_exactly_once(
     await store.do(note, "second")
     assert proxy.cuts == 1
     await store.do(note, "third")
-    assert await store.do(verified) == 3
+    assert (await store.do(verified)).entries == 3
     await asyncio.to_thread(store.close)
     await proxy.stop()
