@@ -54,6 +54,8 @@ _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 5.0
 _RENEW_CHECK_SECONDS = 600.0
 _LONGEST_RULE = 200
+_MOST_OFFERS = 100
+_TOO_MANY = f"offer: {_MOST_OFFERS} studies that nobody here has accepted are kept already"
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class Agent:
         self._wait = _WAIT_SECONDS
         if task.WhichOneof("task") != "offer":
             return
+        if self._too_many_offers(task.study):
+            log.error("offer not kept", study=task.study, reason=_TOO_MANY)
+            await self._tell(task.study, digests_of(task.offer), rule=_TOO_MANY)
+            await asyncio.sleep(_RETRY_SECONDS)
+            return
         study = self._home.study(task.study)
         try:
             terms = keep_offer(study, task.offer)
@@ -146,6 +153,12 @@ class Agent:
             await asyncio.sleep(_LOOK_SECONDS)
             return
         await self._answer(study, terms, decision)
+
+    def _too_many_offers(self, study: str) -> bool:
+        """Each study that is offered costs this site a folder and the coordinator nothing."""
+        known = list(self._home.studies())
+        undecided = sum(not place.roster.exists() for place in known)
+        return undecided >= _MOST_OFFERS and all(place.name != study for place in known)
 
     def _wait_for_person(self, study: StudyHome, terms: Terms) -> None:
         shown = {"state": "waits for approval", "title": terms.plan.study.title}

@@ -130,6 +130,8 @@ class Quantities:
             case TagsWork():
                 images = await self._images()
                 count = coarse_count(images.count)
+                if count > work.total_count:  # else a false Σñ would have us draw images for ever
+                    raise DataError(f"this site has more images than all sites: {work.total_count}")
                 write_file(vector, await self._auxiliary.tags(attempt, work, count, images.file))
             case ImagesWork():
                 (total,) = artifacts

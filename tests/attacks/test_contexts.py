@@ -15,7 +15,7 @@ from secagg.errors import Reason
 from secagg.events import Adverts, Confirmations, Headers, Open, Survivors
 from secagg.messages import Header, Step
 from secagg.roster import Member, Roster
-from silo import admin
+from silo import admin, agent
 from study.quantity import CensusWork
 from tests.attacks.stage import ME, OTHERS, STUDY, Stage
 
@@ -85,6 +85,22 @@ async def test_a_second_study_is_never_accepted_without_a_person(fresh: Stage) -
     assert await fresh.liar.offer(task) is None
     assert not (fresh.victim.home / "studies" / "again" / "roster").exists()
     assert "other studies (trial)" in admin.roster(fresh.victim.home, "again")
+
+
+async def test_offers_without_number_do_not_fill_the_disk(
+    fresh: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_MOST_OFFERS", 3)
+    for number in range(5):
+        task = fresh.federation.offer(replace(fresh.roster, study=f"study-{number}"))
+        task.study = f"study-{number}"
+        answer = await fresh.liar.offer(task)
+        assert (answer is None) == (number < 3)
+    assert answer is not None
+    assert "that nobody here has accepted" in answer.rule
+    assert len(list((fresh.victim.home / "studies").iterdir())) == 1 + 3
+    grown = fresh.federation.offer(replace(fresh.roster, epoch=2))
+    assert await fresh.liar.offer(grown) is None  # what was accepted can still be changed
 
 
 # --- one silo is shown another session than it agreed to

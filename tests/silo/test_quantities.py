@@ -211,6 +211,16 @@ async def offer(place: Place, attempt: int, count: int = 50) -> np.ndarray:
     return collect(np.frombuffer(vector, np.uint8), (1, 8, 8))[:, 0, 0, 0]
 
 
+async def test_a_total_below_our_own_count_does_not_have_us_draw_images_for_ever(
+    place: Place,
+) -> None:
+    """34 images here, 2 at all sites: the share of 24 wanted images would be 408."""
+    false = TAGS.model_copy(update={"total_count": 2})
+    with pytest.raises(DataError, match="more images than all sites"):
+        await place.prepare(context_of(false), false)
+    assert place.worker.count(SampleLocal) == 0
+
+
 async def test_a_silo_offers_its_share_and_no_sample_twice(place: Place) -> None:
     first = await offer(place, 1)
     second = await offer(place, 2)
