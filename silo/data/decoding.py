@@ -16,7 +16,8 @@ from silo.data.readers import reader_of
 from silo.errors import DataError
 from silo.process import begin
 
-_FILES_AT_ONCE = 32
+_FILES_AT_ONCE = 8
+_WORTH_PROCESSES = 64  # files: to start a process takes about as long as to read so many
 _BATCHES_AHEAD = 4  # per process: enough to keep it busy, and a bound on what waits in memory
 
 
@@ -47,18 +48,19 @@ def decode(work: Work, sources: Iterable[Source | Skipped], processes: int) -> I
 
     Raises DataError where a file's device fails, or for an archive of another layout.
     """
-    if processes <= 1:
-        return chain.from_iterable(_decode_one(work, source) for source in sources)
-    return _decode_by(work, sources, processes)
+    remaining = iter(sources)
+    first = list(islice(remaining, _WORTH_PROCESSES)) if processes > 1 else []
+    if len(first) < _WORTH_PROCESSES:
+        return chain.from_iterable(_decode_one(work, source) for source in chain(first, remaining))
+    return _decode_by(work, chain(first, remaining), processes)
 
 
-def _decode_by(work: Work, sources: Iterable[Source | Skipped], processes: int) -> Iterator[Found]:
+def _decode_by(work: Work, sources: Iterator[Source | Skipped], processes: int) -> Iterator[Found]:
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[list[Found]]] = deque()
     with ProcessPoolExecutor(processes, context, begin, (0,)) as pool:
         try:
-            remaining = iter(sources)
-            while batch := tuple(islice(remaining, _FILES_AT_ONCE)):
+            while batch := tuple(islice(sources, _FILES_AT_ONCE)):
                 waiting.append(pool.submit(_decode_all, work, batch))
                 if len(waiting) >= processes * _BATCHES_AHEAD:
                     yield from waiting.popleft().result()

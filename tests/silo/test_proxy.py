@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from silo.config import SiloConfig, load_config
 from silo.errors import ConfigError, EnrolmentError
 from silo.home import SiloHome
 from silo.reach import Unreachable, parse_proxy, proxy_of
-from tests.silo.centre import Centre, make_site
+from tests.silo.centre import AgentProcess, Centre, make_site
 from tests.silo.proxy import ConnectProxy
 
 PASSWORD = "hunter2-sesame"
@@ -71,6 +73,44 @@ async def test_a_site_joins_and_works_through_a_proxy_that_wants_a_password(
     assert len(proxy.connected) >= 2, "once to join, once to work"
     assert PASSWORD not in caplog.text
     assert PASSWORD not in (home / "status.json").read_text()
+
+
+async def test_an_agent_listens_on_nothing_and_dials_one_port(
+    centre: Centre, tmp_path: Path
+) -> None:
+    home = make_site(tmp_path, "north")
+    await enrol(centre, home)
+    agent = AgentProcess(home)
+    try:
+        async with asyncio.timeout(60):
+            while admin.status(home).get("last_contact") is None:
+                await asyncio.sleep(0.1)
+        sockets = sockets_of(agent.process.pid)
+    finally:
+        agent.kill()
+    assert {remote for state, remote in sockets if state == _ESTABLISHED} == {centre.address}
+    assert not [state for state, _ in sockets if state == _LISTENING]
+
+
+_ESTABLISHED, _LISTENING = "01", "0A"
+
+
+def sockets_of(process: int) -> list[tuple[str, str]]:
+    """(state, remote address) of every TCP socket of a process."""
+    own = set()
+    for descriptor in Path(f"/proc/{process}/fd").iterdir():
+        target = os.readlink(descriptor)
+        if target.startswith("socket:["):
+            own.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in own:
+                host, _, port = fields[2].rpartition(":")
+                address = socket.inet_ntoa(bytes.fromhex(host[-8:])[::-1])
+                found.append((fields[3], f"{address}:{int(port, 16)}"))
+    return found
 
 
 async def test_the_environment_s_proxy_is_taken_and_no_proxy_goes_around_it(
