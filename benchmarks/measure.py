@@ -160,6 +160,9 @@ class Cells:
             if kept["about"] == json.loads(json.dumps(self._kept["about"])):
                 self._kept = kept
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept["cells"]
+
     def get(self, key: str, measure: Callable[[], T]) -> T:
         """The kept value of `key` (anything that JSON holds), or that of measuring it now."""
         cells = self._kept["cells"]

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
@@ -28,6 +29,7 @@ COUNT = 100
 CKKS_SLOTS = 4096
 
 
+@cache
 class Flower:
     """Clients that have shared their keys with one another, all pairs (SecAgg)."""
 

@@ -1,12 +1,13 @@
 """The secure sum beside its peers and its limits: time, bytes and memory of client and server.
 
-    python -m benchmarks.secure_sum [--quick] [--work FILE] [--only-table] [--json FILE]
+    python -m benchmarks.secure_sum [--quick] [--minutes 10] [--work FILE] [--json FILE]
 
 The same vector goes through our code, Flower's SecAgg (all pairs, its own functions), a CKKS
 encryption with TenSEAL, and what bounds ours: the keystream alone, the additions alone, a memcpy.
 Times are processor seconds of one core, taken in turns: what else the machine does then neither
 counts nor favours one side. The cells of the table by size and silos are kept in --work: a run that
-was cut off goes on behind the last of them. The peers are installed into .venv-peers on first use.
+was cut off goes on behind the last of them, and after --minutes no other is begun. The peers are
+installed into .venv-peers on first use.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -36,6 +37,7 @@ from silo.client import CHUNK_BYTES as UPLOAD_CHUNK
 from study.encoding import Encoded, Encoding
 from study.integers import Ring
 
+T = TypeVar("T")
 PEERS = pathlib.Path(".venv-peers")
 MILLION = 1_000_000
 COUNT, TOTAL = 100, 1000
@@ -101,6 +103,10 @@ def sizes_of(n: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def delta_of(n: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(n).normal(0, 0.01, n).astype(np.float32)
+
+
 @dataclass
 class Client:
     """One silo's work on a vector of n parameters for `peers` others."""
@@ -109,9 +115,8 @@ class Client:
     peers: int
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.n)
-        self.delta = rng.normal(0, 0.01, self.n).astype(np.float32)
-        self.residual = rng.normal(0, 1e-6, self.n).astype(np.float32)
+        self.delta = delta_of(self.n)
+        self.residual = np.random.default_rng(self.n + 1).normal(0, 1e-6, self.n).astype(np.float32)
         self.fresh = self.delta.copy()
         sizes = sizes_of(self.n)
         self.encoding = Encoding(RING, self.peers + 1, TOTAL, sizes, (0.0625,) * len(sizes))
@@ -337,22 +342,36 @@ def measure_server(report: Report, peers: Peers, rounds: int) -> None:
     report.target("server_memory_growth", growth, "x", at_most=1.05)
 
 
-def measure_table(report: Report, peers: Peers, cells: Cells, sizes: list[int]) -> None:
-    """Client seconds by size and silos. Every cell is kept as soon as it is there."""
+def measure_table(
+    report: Report, peers: Peers, cells: Cells, sizes: list[int], minutes: float
+) -> None:
+    """Client seconds by size and silos. Every cell is kept as soon as it is there; when `minutes`
+    are over no other is begun, and what is missing says so."""
+    end = time.monotonic() + 60 * minutes
+    grid = [(n, silos) for n in sizes for silos in (3, 10, 32, 100)]
+
+    def cell(key: str, job: Callable[[], T]) -> T | None:
+        return cells.get(key, job) if key in cells or time.monotonic() < end else None
+
+    def of_peers(job: str, n: int, silos: int) -> dict[str, Any] | None:
+        return peers.run(job, delta_of(n), silos - 1)
+
+    ours, flower, ckks = {}, {}, {}
+    for n, silos in grid:
+        ours[n, silos] = cell(f"{n} x {silos}: ours", partial(table_cell, n, silos))
     for n in sizes:
         # CKKS knows no masks: what it costs does not depend on the other silos.
-        vector = Client(n, 2).delta
-        ckks = cells.get(f"{n}: CKKS", partial(peers.run, "ckks_client", vector, 2))
-        for silos in (3, 10, 32, 100):
-            ours = cells.get(f"{n} x {silos}: ours", partial(table_cell, n, silos))
-            ask = partial(peers.run, "flower_client", vector, silos - 1)
-            flower = cells.get(f"{n} x {silos}: Flower", ask)
-            row: dict[str, Any] = {"params": n, "silos": silos, **ours}
-            row["flower_s"] = flower["seconds"] if flower else None
-            row["ckks_s"] = ckks["seconds"] if ckks else None
-            row["flower_bytes_per_param"] = flower["bytes"] / n if flower else None
-            row["ckks_bytes_per_param"] = ckks["bytes"] / n if ckks else None
-            report.row(part="table", **row)
+        ckks[n] = cell(f"{n}: CKKS", partial(of_peers, "ckks_client", n, 3))
+    for n, silos in sorted(grid, key=lambda place: place[0] * place[1]):
+        job = partial(of_peers, "flower_client", n, silos)
+        flower[n, silos] = cell(f"{n} x {silos}: Flower", job)
+    for n, silos in grid:
+        row: dict[str, Any] = {"params": n, "silos": silos}
+        row |= ours[n, silos] or {"ours_s": None}
+        for name, found in (("flower", flower[n, silos]), ("ckks", ckks[n])):
+            row[f"{name}_s"] = found["seconds"] if found else None
+            row[f"{name}_bytes_per_param"] = found["bytes"] / n if found else None
+        report.row(part="table", **row)
 
 
 def table_cell(n: int, silos: int) -> dict[str, float]:
@@ -373,6 +392,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
     parser.add_argument("--work", type=pathlib.Path, help="file that keeps the table's cells")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for cells of the table")
     parser.add_argument("--only-table", action="store_true", help="no targets")
     parser.add_argument("--peak", nargs=3, metavar=("PART", "PARAMETERS", "SILOS"))
     arguments = parser.parse_args()
@@ -389,7 +409,8 @@ def main() -> None:
             measure_client(report, peers, rounds)
             measure_server(report, peers, rounds)
         sizes = [MILLION, 10 * MILLION, 36 * MILLION][: 1 if arguments.quick else 3]
-        measure_table(report, peers, Cells(arguments.work, **peers.versions), sizes)
+        cells = Cells(arguments.work, **peers.versions)
+        measure_table(report, peers, cells, sizes, arguments.minutes)
         peers.close()
     report.finish(arguments.json)
 
