@@ -27,7 +27,7 @@ PLAN = """
 steps = 1
 
 [auxiliary]
-images = 96000
+images = 400000
 
 [strategy]
 kind = "fedddpm"
