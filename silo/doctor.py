@@ -8,7 +8,6 @@ beside a running agent.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import grpc
@@ -91,15 +91,16 @@ def measure(config: SiloConfig, plan: Plan | None) -> Measured:
     # The person who asks is there, whatever the hour.
     worker = Worker(config.resources.model_copy(update={"hours": None}))
 
-    async def ask() -> Measured:
+    async def ask(progress: Path) -> Measured:
         order = MeasureTraining(worker.machine, plan.toml() if plan else None)
         try:
-            return await worker.run(order, Path(os.devnull), lambda _: None)
+            return await worker.run(order, progress, lambda _: None)
         finally:
             worker.kill()
 
     try:
-        return asyncio.run(ask())
+        with TemporaryDirectory() as folder:
+            return asyncio.run(ask(Path(folder) / "progress"))
     except SiloError as error:
         return Measured(None, str(error))
 

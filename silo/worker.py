@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,7 +167,8 @@ class Worker:
     def _signal(self, number: int) -> None:
         if self._pool is not None:
             for process in list(self._pool._processes):
-                os.kill(process, number)
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
 
 
 async def _watch(progress: Path, on_progress: Callable[[Progress], None]) -> None:
