@@ -13,13 +13,15 @@ from protos.v1 import coordination_pb2 as pb
 from secagg.context import SessionContext
 from secagg.messages import Signed, Step
 from secagg.primitives import Secret
+from secagg.roster import Roster
 from secagg.silo import SiloParty
 from silo import participation
 from silo.config import Data, SiloConfig, Site
 from silo.errors import DataError
+from silo.files import read_json, write_json
 from silo.heads import Heads
 from silo.home import SiloHome
-from silo.offers import Terms, pin
+from silo.offers import Terms, keep_offer, pin
 from silo.participation import Participation, Tools
 from silo.status import Status
 from study.quantity import CensusWork, count_encoding, encode_work, session_context
@@ -37,6 +39,7 @@ class ScriptedClient:
         self.standing: pb.Task | None = None
         self.submitted: list[pb.SubmitRequest] = []
         self.refusals: list[tuple[int, str]] = []
+        self.left: list[str] = []
         self.idle = asyncio.Event()
 
     async def next_task(self, study: str, settled: int, wait: int, epoch: int) -> pb.Task:
@@ -47,6 +50,9 @@ class ScriptedClient:
         self.idle.set()
         await asyncio.sleep(0.02)
         return pb.Task(study=study, idle=pb.Idle())
+
+    async def leave_study(self, study: str, reason: str) -> None:
+        self.left.append(reason)
 
     async def submit(self, request: pb.SubmitRequest) -> None:
         self.submitted.append(request)
@@ -106,10 +112,12 @@ async def take_part(tmp_path: Path, client: ScriptedClient, vectors: Vectors) ->
     tools = Tools(anything, anything, status, config, heads)
     part = Participation(tools, study, terms, party, vectors)  # type: ignore[arg-type]
     running = asyncio.create_task(part.run())
-    async with asyncio.timeout(10):
-        await client.idle.wait()
+    idle = asyncio.create_task(client.idle.wait())
+    done, _ = await asyncio.wait({running, idle}, timeout=10, return_when="FIRST_COMPLETED")
+    assert done
     running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    idle.cancel()
+    await asyncio.gather(running, idle, return_exceptions=True)
     shown: dict[str, Any] = status._values["studies"]["trial"]
     return shown
 
@@ -173,3 +181,41 @@ async def test_a_forged_certificate_settles_nothing(tmp_path: Path) -> None:
     await take_part(tmp_path, client, Vectors(tmp_path))
     assert list((tmp_path / "studies" / "trial" / "outcomes" / "1").iterdir()) == []
     assert "a certificate does not verify" in client.refusals[0][1]
+
+
+async def test_nothing_is_begun_under_the_old_roster_once_a_new_one_was_offered(
+    tmp_path: Path,
+) -> None:
+    later = Roster("trial", 2, ROSTER.threshold, ROSTER.colluders, ROSTER.members)
+    offer = pb.Offer(plan=PLAN.toml(), roster=later.encode())
+    client = ScriptedClient(opened())
+    study = SiloHome(tmp_path).study("trial")
+    keep_offer(study, offer)
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert client.submitted == []
+    ((session, reason),) = client.refusals
+    assert session == 1
+    assert "roster 2 was offered, roster 1 is pinned" in reason
+    # One that was pinned already, or an older one, stops nothing.
+    keep_offer(study, pb.Offer(plan=PLAN.toml(), roster=ROSTER.encode()))
+    client = ScriptedClient(opened())
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert len(client.submitted) == 1
+
+
+async def test_who_leaves_begins_nothing_and_tells_the_study_centre_when_nothing_is_in_doubt(
+    tmp_path: Path,
+) -> None:
+    study = SiloHome(tmp_path).study("trial")
+    pin(study, Terms(PLAN, ROSTER))
+    write_json(study.leave, {"reason": "the ward is being rebuilt"})
+    client = ScriptedClient(opened())
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert client.submitted == []
+    assert client.left == ["the ward is being rebuilt"]
+    assert read_json(study.ended) == {"reason": "left", "model": ""}
+    # Accepting a later roster brings the site back in.
+    later = Roster("trial", 2, ROSTER.threshold, ROSTER.colluders, ROSTER.members)
+    pin(study, Terms(PLAN, later))
+    assert not study.ended.exists()
+    assert not study.leave.exists()
