@@ -191,7 +191,14 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
         name = centre.start_study(federation.home, plan)
         limit = 900 + 60 * len(points)
         over = ("finished", "failed", "stopped")
-        await federation.until(lambda: federation.study(name).state in over, limit)
+
+        def is_over() -> bool:
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what went wrong
+            return federation.study(name).state in over
+
+        await federation.until(is_over, limit)
         await federation.until(lambda: (home / "studies" / name / "ended.json").exists(), 120)
         for task in tasks:
             task.cancel()
