@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.worker import serve
-from diffusion.execution import choose_execution
+from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from diffusion.training import _Run
@@ -31,6 +32,13 @@ SPECS = {
     ),
 }  # fmt: skip
 BATCH = {"cpu": 64, "cuda": 128}
+_CPU = torch.device("cpu")
+FORMS = {  # what choose_execution chooses from on a CPU
+    "bf16, channels_last, fused": Execution(_CPU, torch.bfloat16, torch.channels_last, True),
+    "bf16, channels_last": Execution(_CPU, torch.bfloat16, torch.channels_last),
+    "fp32, channels_last": Execution(_CPU, torch.float32, torch.channels_last),
+    "fp32, NCHW": Execution(_CPU, torch.float32, torch.contiguous_format),
+}
 
 
 def images(device: str) -> torch.Tensor:
@@ -76,8 +84,9 @@ def diffusers_step(device: str) -> Job:
     return step, _about(model, "fp32, eager, NCHW")
 
 
-def our_step(device: str) -> Job:
-    model, execution = _model(device), choose_execution(device)
+def our_step(device: str, execution: Execution | None = None) -> Job:
+    chosen = choose_execution(device)
+    model, execution = _model(device), execution or chosen
     optimizer = OptimizerSpec(batch_size=BATCH[device], learning_rate=1e-4)
     schedule, objective = ScheduleSpec(kind="linear"), ObjectiveSpec(prediction="eps")
     run = _Run(model, schedule, objective, optimizer, 0, execution)
@@ -85,7 +94,7 @@ def our_step(device: str) -> Job:
     x_0 = images(device)
     form = "fused norms" if execution.fused_norms else "torch's norms"
     about = _about(model, f"{execution.dtype}, eager, {execution.memory_format}, {form}")
-    return lambda: run.step(x_0.to(device)), about
+    return lambda: run.step(x_0.to(device), None), about
 
 
 def _about(model: nn.Module, how: str) -> dict[str, Any]:
@@ -95,7 +104,9 @@ def _about(model: nn.Module, how: str) -> dict[str, Any]:
 
 def main() -> None:
     name, device = sys.argv[1:]
-    make = {"diffusers": diffusers_step, "ours": our_step}[name]
+    make: Callable[[str], Job] = diffusers_step if name == "diffusers" else our_step
+    if name in FORMS:
+        make = functools.partial(our_step, execution=FORMS[name])
     if device == "cuda":
         serve(lambda: make(device), torch.cuda.synchronize, torch.cuda.max_memory_allocated)
     else:

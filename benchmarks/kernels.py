@@ -12,6 +12,8 @@ measured'.
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -179,14 +181,25 @@ def _on_cuda(job: Job) -> dict[str, float | None]:
     return found | {"graph_ms": round(100 * replay["replay"].p50, 4)}
 
 
+def _compiled(eager: Job) -> Job | None:
+    """None where the compiler or the C compiler under it fails."""
+    job = torch.compile(eager)
+    try:
+        job()
+    except RuntimeError as failure:
+        print(f"torch.compile: {failure}", file=sys.stderr)
+        return None
+    return job
+
+
 def _rows(
     report: Report, case: Case, device: str, copy: float, rounds: int, compiled: bool
 ) -> None:
     jobs: dict[str, Job] = {"ours": case.ours}
     if case.eager:
         jobs["eager"] = case.eager
-        if compiled:
-            jobs["compile"] = torch.compile(case.eager)
+        if compiled and (job := _compiled(case.eager)):
+            jobs["compile"] = job
     taken = side_by_side(jobs, rounds=rounds, warmup=3, wait=_wait(device))
     nothing: dict[str, float | None] = {"launch_us": None, "graph_ms": None}
     for by, times in taken.items():
@@ -212,7 +225,15 @@ def _target(report: Report, case: Case, taken: dict[str, Times], copy: float) ->
             report.target(f"{name}_vs_{by}", ratio, "x", at_least=least)
 
 
-def measure(report: Report, device: str, *, rounds: int, compiled: bool) -> None:
+def measure(
+    report: Report,
+    device: str,
+    *,
+    rounds: int,
+    compiled: bool,
+    save: Callable[[], object] = lambda: None,
+) -> None:
+    """The rows of one device; `save` is called after each operation."""
     if device == "cuda" and not torch.cuda.is_available():
         for name in (
             "q_sample",
@@ -230,6 +251,7 @@ def measure(report: Report, device: str, *, rounds: int, compiled: bool) -> None
     for group in GROUPS:
         for case in group(device):
             _rows(report, case, device, copy, rounds, compiled)
+            save()
 
 
 def main() -> None:
@@ -243,7 +265,8 @@ def main() -> None:
     for device in (given.device,) if given.device else ("cpu", "cuda"):
         if device == "cpu":
             torch.set_num_threads(1)
-        measure(report, device, rounds=given.rounds, compiled=not given.no_compile)
+        save = functools.partial(report.write, given.json) if given.json else lambda: None
+        measure(report, device, rounds=given.rounds, compiled=not given.no_compile, save=save)
     report.finish(given.json)
 
 

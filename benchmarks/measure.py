@@ -142,8 +142,12 @@ class Report:
             value = NOT_MEASURED if t.value is None else f"{t.value:.4g} {t.unit}"
             print(f"  {t.name}: {value} (target {t.sense} {t.target}): {verdict}")
         if path is not None:
-            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-            pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")
+            self.write(path)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """What there is so far, as JSON."""
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
 
 class Cells:

@@ -1,6 +1,6 @@
 """One training step, three ways: diffusers' example, denoising-diffusion-pytorch, ours.
 
-    python -m benchmarks.train_step [--device cuda] [--json FILE]
+    python -m benchmarks.train_step [--device cuda] [--forms] [--json FILE]
 
 Batch and data are the same for all, the UNet for diffusers and ours; every contender has a process
 of its own and they take turns. CPU: a UNet of 1.1 M parameters at 32×32×1, batch 64, one thread.
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import lucidrains
+from benchmarks.contenders import FORMS
 from benchmarks.measure import Report, side_by_side
 from benchmarks.worker import Unavailable, Worker
 
@@ -27,7 +28,9 @@ _COLUMNS = ("step", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "peak_mib", "par
 STEP_TARGETS = {"cpu": (2.5, 5.0), "cuda": (1.5, None)}
 
 
-def _starters(device: str, threads: int, peer: bool) -> dict[str, Callable[[], Worker]]:
+def _starters(
+    device: str, threads: int, peer: bool, forms: tuple[str, ...]
+) -> dict[str, Callable[[], Worker]]:
     def own(name: str) -> Callable[[], Worker]:
         arguments = ["benchmarks.contenders", name, device]
         return lambda: Worker(sys.executable, arguments, threads)
@@ -37,16 +40,26 @@ def _starters(device: str, threads: int, peer: bool) -> dict[str, Callable[[], W
             raise Unavailable("left out")
         return Worker(lucidrains.environment(), ["benchmarks.lucidrains", device], threads)
 
-    return {"diffusers": own("diffusers"), "lucidrains": other, "ours": own("ours")}
+    own_ones = {name: own(name) for name in ("diffusers", "ours", *forms)}
+    return own_ones | {"lucidrains": other}
 
 
-def measure(report: Report, device: str, *, threads: int, rounds: int, peer: bool = True) -> None:
-    """Add the rows and targets of one device; those of a device that is not there say so."""
-    names = ("diffusers", "lucidrains", "ours")
+def measure(
+    report: Report,
+    device: str,
+    *,
+    threads: int,
+    rounds: int,
+    peer: bool = True,
+    forms: tuple[str, ...] = (),
+) -> None:
+    """Add the rows and targets of one device; those of a device that is not there say so. `forms`:
+    our step in these numbers and layouts as well, to compare with what was chosen."""
+    names = ("diffusers", "lucidrains", "ours", *forms)
     workers: dict[str, Worker] = {}
     why: dict[str, str] = dict.fromkeys(names, f"no {device} device")
     if device == "cpu" or torch.cuda.is_available():
-        for name, start in _starters(device, threads, peer).items():
+        for name, start in _starters(device, threads, peer, forms).items():
             try:
                 workers[name] = start()
             except Unavailable as reason:
@@ -90,11 +103,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender's torch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--without-lucidrains", action="store_true")
+    parser.add_argument("--forms", action="store_true",
+                        help="CPU: every form that choose_execution chooses from")  # fmt: skip
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     report = Report(f"training step on {given.device}, {given.threads} thread(s)")
     measure(report, given.device, threads=given.threads, rounds=given.rounds,
-            peer=not given.without_lucidrains)  # fmt: skip
+            peer=not given.without_lucidrains,
+            forms=tuple(FORMS) if given.forms and given.device == "cpu" else ())  # fmt: skip
     report.finish(given.json)
 
 

@@ -36,6 +36,34 @@ def test_it_is_adamw():
     torch.testing.assert_close(v, optimizer.state[theirs]["exp_avg_sq"])
 
 
+def test_decay_is_decoupled_and_the_definition_holds_in_float64():
+    param, grads, m, v = _buffers()
+    anchor, control, ema = torch.randn(SIZE), torch.randn(SIZE), param.clone()
+    p, e, m_, v_ = (x.double() for x in (param, ema, m, v))
+    (b1, b2), eps, decay = OPTIONS["betas"], OPTIONS["eps"], OPTIONS["weight_decay"]
+    for i, grad in enumerate(grads, start=1):
+        kernels.adamw_ema_(
+            param, grad, m, v, lr=torch.tensor(1e-2), step=torch.tensor(i), ema=ema,
+            ema_decay=torch.tensor(0.75), anchor=anchor, mu=0.3, control=control, **OPTIONS,
+        )  # fmt: skip
+        g = grad.double() + 0.3 * (p - anchor) + control
+        m_, v_ = b1 * m_ + (1 - b1) * g, b2 * v_ + (1 - b2) * g * g
+        update = m_ / (1 - b1**i) / ((v_ / (1 - b2**i)).sqrt() + eps)
+        p = (1 - 1e-2 * decay) * p - 1e-2 * update  # the decay meets neither m nor v
+        e = 0.75 * e + 0.25 * p
+    for got, want in ((param, p), (ema, e), (m, m_), (v, v_)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_twice_the_same_bits():
+    runs = []
+    for _ in range(2):
+        param, grads, m, v = _buffers()
+        _run(param, grads, m, v)
+        runs.append((param, m, v))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_proximal_term_and_control_variate_are_added_to_the_gradient():
     param, grads, m, v = _buffers()
     anchor, control = torch.randn(SIZE), torch.randn(SIZE)
@@ -114,6 +142,8 @@ def test_errors_say_what_was_wrong():
         (ValueError, "anchor and mu belong together", {"mu": 0.1}),
         (ValueError, "control has shape", {"control": torch.zeros(3)}),
         (ValueError, "betas must be in", {"betas": (1.0, 0.9)}),
+        (ValueError, "lr is on meta, the data on cpu", {"lr": torch.tensor(1e-2, device="meta")}),
+        (TypeError, "control must be torch.float32", {"control": param.double()}),
     ]
     for error, message, change in wrong:
         with pytest.raises(error, match=message):

@@ -1,5 +1,8 @@
 """The ops inside torch.compile and autocast, as a training step uses them."""
 
+import pathlib
+import re
+
 import pytest
 import torch
 
@@ -69,3 +72,27 @@ def test_autocast_changes_the_network_and_not_the_ops(stream, alpha_bar, make_im
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=2e-2)
     assert loss.dtype == torch.float32
     assert weight.grad.isfinite().all()
+
+
+def test_a_batch_past_the_limits_of_a_grid_is_that_of_its_parts(stream, alpha_bar):
+    batch = 70_001  # more than the 65,535 of a grid's second dimension
+    s, t = stream(batch), torch.arange(batch) % 1000
+    x_0, pred = torch.rand(batch, 1, 1, 3), torch.rand(batch, 1, 1, 3)
+    weight, bias = torch.rand(2, 1)
+    end = slice(batch - 2, batch)
+    last = s.named | {"sample_id": s.sample_id[end]}
+    for op in (
+        lambda x, p, t, ids: kernels.q_sample(x, t, alpha_bar, **ids),
+        lambda x, p, t, ids: kernels.ddpm_loss(p, x, t, alpha_bar, **ids),
+        lambda x, p, t, ids: kernels.sampler_step(x, p, t, t - 1, alpha_bar, **ids),
+        lambda x, p, t, ids: kernels.group_norm_silu(x, 1, weight, bias),
+    ):
+        whole = op(x_0, pred, t, s.named)
+        torch.testing.assert_close(whole[end], op(x_0[end], pred[end], t[end], last))
+
+
+def test_kernels_use_the_dimension_of_a_grid_that_has_room():
+    """CUDA's first grid dimension takes 2^31 - 1 programs, the others 65,535."""
+    files = pathlib.Path(kernels.__file__).parent.glob("*.py")
+    axes = {a for file in files for a in re.findall(r"program_id\(([^)]*)\)", file.read_text())}
+    assert axes == {"0"}

@@ -97,6 +97,38 @@ def test_shapes_from_empty_to_volumes(shape):
         torch.testing.assert_close(y, functional.silu(functional.group_norm(x, 2, *affine)))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_expanded_inputs_and_upstream_gradients_and_the_same_bits_twice(dtype):
+    x, affine, embedding = _inputs((1, 12, 5, 7), dtype, embedded=True)
+    x = x.expand(4, -1, -1, -1)
+    upstream = torch.randn(1, 12, 1, 1).to(dtype).expand(4, -1, 5, 7)
+    embedding = [v.expand(4, -1) for v in embedding]
+    runs = []
+    for _ in range(2):
+        leaves = [v.detach().requires_grad_() for v in (x, *affine, *embedding)]
+        y = kernels.group_norm_silu(leaves[0], 4, *leaves[1:3], scale=leaves[3], shift=leaves[4])
+        y.backward(upstream)
+        runs.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    exact = [v.detach().double().requires_grad_() for v in (x, *affine, *embedding)]
+    want = _float64(exact[0], 4, *exact[1:], True)
+    want.backward(upstream.double())
+    expected = [want.detach(), *(leaf.grad for leaf in exact)]
+    for got, value in zip(runs[0], expected, strict=True):
+        _close(got, value, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double")
+def test_gradients_pass_gradcheck_in_float32(layout):
+    x, affine, embedding = _inputs((2, 4, 2, 3), embedded=True)
+    leaves = [v.detach().requires_grad_() for v in (layout(x), *affine, *embedding)]
+
+    def norm(x, weight, bias, scale, shift):
+        return kernels.group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift)
+
+    torch.autograd.gradcheck(norm, leaves, eps=1e-2, atol=2e-2, rtol=1e-2)
+
+
 def test_double_backward_raises():
     x, affine, _ = _inputs()
     x.requires_grad_()

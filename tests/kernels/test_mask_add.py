@@ -148,6 +148,37 @@ def test_refusals_say_what_was_wrong():
         kernels.Quantiser.of(ring=64, sizes=[1], clips=[1.0], count=1, total_count=1, scale=1)
 
 
+def test_what_lies_on_another_device_is_refused():
+    words = torch.zeros(8, dtype=torch.int16)
+    for name in KEYS:
+        with pytest.raises(ValueError, match=f"{name} is on meta, the data on cpu"):
+            kernels.add_masks_(words, **(KEYS | {name: KEYS[name].to("meta")}))
+    quantiser = kernels.Quantiser.of(
+        ring=16, sizes=[8], clips=[1.0], count=1, total_count=1, scale=9
+    )
+    delta, key = torch.zeros(8), torch.zeros(32, dtype=torch.uint8)
+    for change in ({"rounding_key": key.to("meta")}, {"signs": KEYS["signs"].to("meta")}):
+        with pytest.raises(ValueError, match="is on meta, the data on cpu"):
+            kernels.mask_add(delta, delta, quantiser, **({"rounding_key": key} | KEYS | change))
+    with pytest.raises(TypeError, match="delta must be torch.float32"):
+        kernels.mask_add(delta.double(), delta, quantiser, rounding_key=key, **KEYS)
+
+
+def test_one_graph_serves_every_length():
+    def masked(words, keys, signs):
+        kernels.add_masks_(words, keys=keys, signs=signs)
+        return words + 0
+
+    torch.compiler.reset()
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (40, 70, 33):
+            words = torch.arange(size, dtype=torch.int16)
+            want = masked(words.clone(), *KEYS.values())
+            torch._dynamo.mark_dynamic(words, 0)
+            assert torch.equal(compiled(words, *KEYS.values()), want)
+
+
 def test_opcheck():
     encoding, delta, residual, count, rounding_key, keys, signs = _session(16, 2)
     q = _quantiser(encoding, count)

@@ -121,10 +121,15 @@ def test_op_passes_opcheck_and_compiles(state, alpha_bar, layout):
         torch.library.opcheck(torch.ops.concilium.sampler_step.default, (*arguments, eta, clip))
     torch.compiler.reset()
     compiled = torch.compile(kernels.sampler_step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(
-        compiled(x_t, pred, T, S, alpha_bar, **s.named),
-        kernels.sampler_step(x_t, pred, T, S, alpha_bar, **s.named),
-    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (4, 3, 2):
+            batched = [v[:n].clone() for v in (x_t, pred, T, S, s.sample_id)]
+            for tensor in batched:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            *images, ids = batched
+            stream = {"key": s.key, "step": s.step, "sample_id": ids}
+            want = kernels.sampler_step(*images, alpha_bar, **stream)
+            assert torch.equal(compiled(*images, alpha_bar, **stream), want)
 
 
 def test_errors_say_what_was_wrong(state, alpha_bar):
