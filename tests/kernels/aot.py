@@ -69,6 +69,7 @@ def cases() -> dict[str, Case]:
         ("u8", "bf16", "nchw", True),
         ("fp32", "fp32", "nchw", True),
         ("u8", "fp32", "nhwc", False),
+        ("u8", "bf16", "nhwc", False),
     ):
         types = {"x_0": f"*{source}", "x_t": f"*{target}", **image, "n_blocks": "i32"}
         fixed = dict(
@@ -132,14 +133,28 @@ def cases() -> dict[str, Case]:
     found["adamw_ema/all terms"] = Case(
         _adamw_ema_kernel, types, full, (*state, "grad", "elements"), wide=True, fp_fusion=True
     )
-    for dtype, last in (("bf16", True), ("fp32", False)):
+    plain = {"HAS_EMA": True, "HAS_ANCHOR": False, "HAS_CONTROL": False, "BLOCK": 1024}
+    types = {k: v for k, v in types.items() if k not in ("anchor", "control")} | {"grad": "*fp32"}
+    hints = ("param", "exp_avg", "exp_avg_sq", "ema", "grad", "elements")
+    found["adamw_ema/average only"] = Case(
+        _adamw_ema_kernel, types, plain | {"anchor": None, "control": None}, hints, wide=True,
+        fp_fusion=True,
+    )  # fmt: skip
+    for dtype, last, size, silu in (
+        ("bf16", True, 8, True),
+        ("fp32", False, 8, True),
+        ("bf16", True, 4, True),  # 128 channels in 32 groups
+        ("bf16", True, 8, False),  # before attention
+    ):
         types = {"weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "rstd": "*fp32"}
         types |= dict.fromkeys(("pixels", "weight_stride", "n_blocks"), "i32")
         types |= {"channels": "i32", "x": f"*{dtype}"}
         rows, block = (64, 64) if last else (512, 8)
-        fixed = {"SILU": True, "CHANNELS_LAST": last, "ROWS": rows, "BLOCK": block}
-        fixed |= {"GROUP_SIZE": 8}
+        fixed = {"SILU": silu, "CHANNELS_LAST": last, "ROWS": rows, "BLOCK": block}
+        fixed |= {"GROUP_SIZE": size}
         name = f"group_norm_silu/{{}} {dtype}/{'nhwc' if last else 'nchw'}"
+        name += "" if size == 8 else f"/groups of {size}"
+        name += "" if silu else "/no SiLU"
         hints = ("x", "y", "grad", "grad_x", "channels", "pixels", "weight_stride")
         forward = {**types, "y": f"*{dtype}", "eps": "fp32"}
         backward = {**types, "grad": f"*{dtype}", "grad_x": f"*{dtype}"}
