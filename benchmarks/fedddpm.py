@@ -41,8 +41,9 @@ Json = dict[str, Any]
 Runs = dict[str, list[Json]]
 
 
-def run(name: str, work: Path, seeds: tuple[int, ...], limit: int | None) -> None:
-    """Run what is missing of the study with these seeds (at most `limit` runs), one JSON each."""
+def run(name: str, work: Path, seeds: list[int], only: list[str], limit: int | None) -> None:
+    """Run what is missing of the study, one JSON each: of these seeds and names, where any are
+    given, and at most `limit` runs."""
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     sweep = load_sweep(HERE / "studies" / f"{name}.toml")
@@ -55,7 +56,7 @@ def run(name: str, work: Path, seeds: tuple[int, ...], limit: int | None) -> Non
     for point in sweep.points():
         if done == limit:
             break
-        if seeds and point.seed not in seeds:
+        if (seeds and point.seed not in seeds) or (only and point.name not in only):
             continue
         path = folder / f"{point.label}.json"
         if path.exists() and json.loads(path.read_text("utf-8"))["identity"] == identity_of(point):
@@ -80,7 +81,8 @@ def report(name: str) -> None:
     parts = [table(runs), ratios_table(ratios(runs)), trigger_table(runs.get(UNCORRECTED, []))]
     (folder / "table.md").write_text("\n".join(part for part in parts if part), "utf-8")
     (folder / "ratios.json").write_text(json.dumps(ratios(runs), indent=2) + "\n", "utf-8")
-    draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
+    if PLUS in runs:
+        draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
     _include(name, (folder / "table.md").read_text("utf-8"))
 
 
@@ -200,7 +202,7 @@ def ratios_table(found: Json) -> str:
     lines = ["", "| ratio | measured | aim |", "|---|--:|--:|"]
     for name, value in found.items():
         aim = f"≤ {_AIMS[name]:.2f}" if name in _AIMS else ""
-        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        shown = "–" if value is None else f"{value:.3f}" if isinstance(value, float) else value
         if name in _AIMS and isinstance(value, float) and round(value, 3) > round(_AIMS[name], 3):
             shown = f"**{shown}** (missed)"
         lines.append(f"| `{name}` | {shown} | {aim} |")
@@ -260,9 +262,11 @@ def draw(runs: Runs, path: Path) -> None:
         (line,) = axes.plot(rounds, [mean(c) for c in columns], marker="o", ms=3, label=name)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color())
-    axes.set(xlabel="round", ylabel="FID", yscale="log")
+    axes.set(xlabel="round", ylabel="FID")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
@@ -286,12 +290,14 @@ def main() -> None:
     parser.add_argument("study", choices=names)
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these")
+    parser.add_argument("--runs", nargs="*", default=[], help="only these")
     parser.add_argument("--limit", type=int, help="stop after so many runs")
     parser.add_argument("--work", type=Path, default=Path("build/fedddpm"), help="kept results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if not arguments.report:
-        run(arguments.study, arguments.work, tuple(arguments.seeds), arguments.limit)
+        which = arguments.seeds, arguments.runs, arguments.limit
+        run(arguments.study, arguments.work, *which)
     report(arguments.study)
 
 
