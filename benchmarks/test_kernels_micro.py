@@ -10,6 +10,7 @@ splits or devices.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -187,3 +188,33 @@ def test_group_norm_silu(measure, shape, layout, dtype, by):
         lambda: torch.autograd.grad(jobs[by](), (x, weight, bias), upstream, retain_graph=True),
         5 * x.element_size() * x.numel(),
     )
+
+
+@pytest.mark.benchmark(group="mask_add")
+@pytest.mark.parametrize("ring", [8, 16, 32])
+@pytest.mark.parametrize("peers", [0, 4])
+def test_mask_add(measure, ring, peers):
+    size = 1 << 16 if DEVICE == "cpu" else 1 << 24
+    delta, residual = torch.randn(2, size, device=DEVICE) * 1e-3
+    quantiser = kernels.Quantiser.of(
+        ring=ring, sizes=[size], clips=[2.0**-8], count=1, total_count=4,
+        scale=2 ** (ring - 1) - 9, device=DEVICE,
+    )  # fmt: skip
+    keys = torch.randint(0, 256, (peers + 1, 32), dtype=torch.uint8, device=DEVICE)
+    signs = torch.ones(peers, dtype=torch.int64, device=DEVICE)
+    job = functools.partial(
+        kernels.mask_add, delta, residual, quantiser,
+        rounding_key=keys[0], keys=keys[1:], signs=signs,
+    )  # fmt: skip
+    measure(job, size * (3 * 4 + ring // 8))
+
+
+@pytest.mark.benchmark(group="uniform")
+@pytest.mark.parametrize("by", ["torch.rand", "kernels"])
+def test_uniform(measure, by):
+    stream = _stream(BATCH)
+    jobs = {
+        "torch.rand": lambda: torch.rand(SHAPE, device=DEVICE),
+        "kernels": lambda: kernels.uniform(SHAPE, **stream),
+    }
+    measure(jobs[by], 4 * torch.Size(SHAPE).numel())
