@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -114,6 +115,14 @@ class Federation:
             self.silos[name] = TestSilo(name, self.address, credentials, identity)
 
     async def _hand_in(self, token: str, request: join_pb.JoinRequest) -> join_pb.JoinReply:
+        for _ in range(20):
+            try:
+                return await join(token, request)
+            except grpc.aio.AioRpcError as error:
+                # A machine with much to do needs longer for a handshake than gRPC waits for one.
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(0.3)
         return await join(token, request)
 
     async def join_four(self) -> list[TestSilo]:

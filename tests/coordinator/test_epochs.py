@@ -48,7 +48,7 @@ async def test_a_site_leaves_another_joins_and_the_rounds_go_on_from_the_model_a
             silo.hook = hold_at("round 3", gate)
             silo.start()
         study = admin.start_study(federation.home, federation.plan(rounds=4))
-        await federation.until(lambda: federation.study(study).quantity == "round 3", 60)
+        await federation.until(lambda: federation.study(study).quantity == "round 3", 150)
 
         # Leaving needs nobody's consent, and the session under way goes on without the leaver.
         await leave(federation, silos[1], study)
@@ -62,15 +62,15 @@ async def test_a_site_leaves_another_joins_and_the_rounds_go_on_from_the_model_a
         assert (made.epoch, made.threshold) == (2, 3)
         gate.set()
         names = ["site-1", "site-3", "site-4"]
-        await federation.until(lambda: federation.result(study, "round 00003 sum"), 60)
+        await federation.until(lambda: federation.result(study, "round 00003 sum"), 150)
         assert federation.exact(study, "round 00003 sum", "round 3") == names
 
         # The coordinator dies after the epoch was entered, before the newcomer has answered.
-        await federation.until(lambda: federation.study(study).state == "offered", 60)
+        await federation.until(lambda: federation.study(study).state == "offered", 150)
         await federation.until(lambda: federation.study(study).awaited == ("site-5",), 30)
         await federation.restart()
         newcomer.start()
-        await federation.until(lambda: federation.study(study).state == "finished", 120)
+        await federation.until(lambda: federation.study(study).state == "finished", 150)
 
         names = ["site-1", "site-3", "site-4", "site-5"]
         assert federation.exact(study, "census of epoch 2", "census 2") == names
@@ -106,11 +106,11 @@ async def test_who_was_taken_out_is_told_once_its_sessions_are_settled(tmp_path:
             silo.looks_for_offers = True
             silo.start()
         study = admin.start_study(federation.home, federation.plan(rounds=3))
-        await federation.until(lambda: federation.study(study).quantity == "round 2", 60)
+        await federation.until(lambda: federation.study(study).quantity == "round 2", 150)
         assert not taken_out.alive
         admin.change_roster(federation.home, study, remove=["site-4"])
         gate.set()
-        await federation.until(lambda: federation.study(study).state == "finished", 90)
+        await federation.until(lambda: federation.study(study).state == "finished", 150)
         # The one in doubt comes back under its old roster: first the certificate, then the end.
         assert taken_out.studies[study].state.history.in_doubt
         taken_out.start()
@@ -130,13 +130,13 @@ async def test_an_epoch_that_too_few_accept_waits_says_for_whom_and_another_can_
             silo.start()  # takes no notice of offers while the study runs
         plan = federation.plan(rounds=400)
         study = admin.start_study(federation.home, plan)
-        await federation.until(lambda: federation.result(study, "round 00001 model"), 60)
+        await federation.until(lambda: federation.result(study, "round 00001 model"), 150)
         with pytest.raises(AdminError, match="that is the roster"):
             admin.change_roster(federation.home, study)
         with pytest.raises(AdminError, match="'site-9' is not in the roster"):
             admin.change_roster(federation.home, study, remove=["site-9"])
         admin.change_roster(federation.home, study, remove=["site-4"])
-        await federation.until(lambda: federation.study(study).state == "offered", 60)
+        await federation.until(lambda: federation.study(study).state == "offered", 150)
         assert federation.study(study).awaited == ("site-1", "site-2", "site-3")
         assert admin.close_offer(federation.home, study) == ["site-1", "site-2", "site-3"]
         error = await federation.until(lambda: federation.study(study).error, 30)
@@ -145,10 +145,10 @@ async def test_an_epoch_that_too_few_accept_waits_says_for_whom_and_another_can_
         assert made.epoch == 3
         for silo in silos:
             silo.looks_for_offers = True
-        await federation.until(lambda: federation.study(study).state == "running", 60)
-        await federation.until(lambda: federation.result(study, "census of epoch 3"), 60)
+        await federation.until(lambda: federation.study(study).state == "running", 150)
+        await federation.until(lambda: federation.result(study, "census of epoch 3"), 150)
         admin.stop_study(federation.home, study)
-        await federation.until(lambda: federation.study(study).state == "stopped", 60)
+        await federation.until(lambda: federation.study(study).state == "stopped", 150)
         folder = federation.study(study).folder
         assert (folder / "model" / "unet" / "config.json").exists()
 
