@@ -88,6 +88,7 @@ async def test_a_site_leaves_another_joins_and_the_rounds_go_on_from_the_model_a
         assert [silo.errors for silo in federation.silos.values()] == [[]] * 5
 
 
+@pytest.mark.slow
 async def test_who_was_taken_out_is_told_once_its_sessions_are_settled(tmp_path: Path) -> None:
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()
@@ -121,6 +122,7 @@ async def test_who_was_taken_out_is_told_once_its_sessions_are_settled(tmp_path:
         assert taken_out.errors == []
 
 
+@pytest.mark.slow
 async def test_an_epoch_that_too_few_accept_waits_says_for_whom_and_another_can_follow(
     tmp_path: Path,
 ) -> None:
