@@ -34,7 +34,7 @@ from diffusion.training import train
 Images, Labels, Vector = NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]
 
 CLASSES, SAMPLES, LOCAL_STEPS = 10, 1000, 100
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+SCALES = (1.0, 1.5, 2.0, 3.0)
 MODEL = ModelSpec(
     image_size=8,
     block_out_channels=(16, 32),
