@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sqlite3
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from study.audit_log import GENESIS, Entry
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_ATTEMPTS, _PAUSE = 8, 0.05
+_ATTEMPTS, _PAUSE, _LONGEST_PAUSE = 30, 0.02, 0.5
 _BUSY_SECONDS = 10
 # serialization_failure, deadlock_detected: nothing of the transaction has happened.
 _AGAIN = ("40001", "40P01")
@@ -88,7 +89,8 @@ class Store:
             except DBAPIError as error:
                 if attempt == _ATTEMPTS or not _nothing_happened(error):
                     raise
-            time.sleep(_PAUSE * attempt)
+            # By chance, so that writers which met once do not meet again and again.
+            time.sleep(random.uniform(0, min(_PAUSE * 2**attempt, _LONGEST_PAUSE)))  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
 
     def _once(self, job: Callable[[Connection], T], point: str) -> T:
@@ -142,7 +144,7 @@ class Store:
             except OperationalError:
                 if attempt == _ATTEMPTS:
                     raise
-                time.sleep(_PAUSE * 2**attempt)
+                time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
         if found.epoch != self._epoch:
             self._on_fenced()
             raise Fenced("another coordinator has taken over the studies of this store")
