@@ -199,6 +199,8 @@ _AIMS = {
 
 def ratios_table(found: Json) -> str:
     """The ratios with their aims."""
+    if not found:
+        return ""
     lines = ["", "| ratio | measured | aim |", "|---|--:|--:|"]
     for name, value in found.items():
         aim = f"≤ {_AIMS[name]:.2f}" if name in _AIMS else ""

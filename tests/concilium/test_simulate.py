@@ -192,7 +192,7 @@ def test_a_simulation_killed_in_any_round_ends_in_the_numbers_of_one_that_was_no
         command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     metrics = out / "plus-3" / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while not (metrics.exists() and '"event": "round"' in metrics.read_text("utf-8")):
         assert time.monotonic() < end
         time.sleep(0.02)
