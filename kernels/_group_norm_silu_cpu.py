@@ -23,6 +23,17 @@ _native_backward = torch.ops.aten.native_group_norm_backward
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
+def _dense(x: Tensor) -> Tensor:
+    """``x``, copied if need be, with the strides that torch's kernels expect: where a dimension has
+    size 1 its stride says nothing, but they ask for it.
+    """
+    x = x if is_dense(x) else x.contiguous()
+    if not is_channels_last(x):
+        return x.reshape(-1).view(x.shape)
+    last = x.movedim(1, -1)
+    return last.reshape(-1).view(last.shape).movedim(-1, 1)
+
+
 def _chunks(x: Tensor) -> list[slice]:
     if x.dtype == torch.float32:
         return [slice(None)] if x.numel() else []
@@ -88,7 +99,7 @@ def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``weight``, ``bias``: (1, C), or (B, C) where they differ by sample."""
-    dense = x if is_dense(x) else x.contiguous()
+    dense = _dense(x)
     weight, bias = weight.float(), bias.float()
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
@@ -135,8 +146,8 @@ def group_norm_silu_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dense = x if is_dense(x) else x.contiguous()
-    grad = as_layout_of(grad, dense)
+    dense = _dense(x)
+    grad = _dense(as_layout_of(grad, dense))
     weight, bias = weight.float(), bias.float()
     grad_x = torch.empty_like(x)
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)

@@ -129,6 +129,17 @@ def test_gradients_pass_gradcheck_in_float32(layout):
     torch.autograd.gradcheck(norm, leaves, eps=1e-2, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_one_image_whose_batch_stride_says_nothing(dtype):
+    x, affine, _ = _inputs((1, 12, 5, 7), dtype)
+    odd = x.movedim(1, -1).contiguous().as_strided((1, 5, 7, 12), (1, 84, 12, 1)).movedim(-1, 1)
+    odd.requires_grad_()
+    y = kernels.group_norm_silu(odd, 4, *affine)
+    _close(y, _float64(x.double(), 4, *(v.double() for v in affine), None, None, True), dtype)
+    y.sum().backward()
+    assert odd.grad.isfinite().all()
+
+
 def test_double_backward_raises():
     x, affine, _ = _inputs()
     x.requires_grad_()
