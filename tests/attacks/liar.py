@@ -103,7 +103,7 @@ class Liar(CoordinationServicer):
     async def _ask(self, task: pb.Task, queue: asyncio.Queue[_Asked]) -> Said:
         asked = _Asked(task, Said(), asyncio.get_running_loop().create_future())
         await queue.put(asked)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):  # a worker that starts on a busy machine
             return await asked.answered
 
     @contextmanager
