@@ -45,8 +45,8 @@ Vector = NDArray[np.float32]
 RINGS: tuple[Ring, ...] = (8, 16, 32)
 CHOSEN_ON = 101
 """Seed of the split on which the room for silos that differ from the mean was chosen."""
-FRESH = (202, 303)
-"""Seeds of splits and of training that nothing was chosen on."""
+FRESH = (202,)
+"""Seeds of splits and of training on which nothing was chosen."""
 CPU = choose_execution("cpu", 1)
 
 
