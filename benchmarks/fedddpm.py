@@ -142,11 +142,16 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def ratios(runs: Runs) -> Json:
-    """The aims, each as a ratio of means over the seeds; absent where a run is missing."""
+    """The aims, each as a ratio of means over the seeds that all runs have; absent where a run is
+    missing."""
     found: Json = {}
-    there = [name for name in BASELINES if name in runs]
     if PLUS not in runs:
         return found
+    shared = set.intersection(*({run["seed"] for run in some} for some in runs.values()))
+    runs = {name: [r for r in some if r["seed"] in shared] for name, some in runs.items()}
+    if not shared:
+        return found
+    there = [name for name in BASELINES if name in runs]
     plus = finals(runs[PLUS], "fid")
     if there:
         best = min(there, key=lambda name: mean(finals(runs[name], "fid")))
