@@ -114,7 +114,8 @@ class Deployment:
         if "coordinator approve" in command:
             self._joins_end()
         if "silo leave" in command:
-            self._until(lambda: " left " in self._shell("concilium coordinator status"))
+            page = "concilium coordinator status --json"
+            self._until(lambda: '"answer": "left"' in self._shell(page))
         if "study start" in command:
             self.known["STUDY"] = output.split()[1].rstrip(";")
             self._offered(1)
