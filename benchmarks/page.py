@@ -36,11 +36,13 @@ Row = dict[str, Any]
 def page() -> str:
     notes = tomllib.loads(NOTES.read_text("utf-8"))
     found = sorted(RESULTS.glob("*.json"))
-    return "\n".join([HEAD, *(_section(path, notes) for path in found)])
+    results = {path: json.loads(path.read_text("utf-8")) for path in found}
+    # What the soak and the fuzzer count is no report of `benchmarks.measure`.
+    reports = {path: result for path, result in results.items() if "targets" in result}
+    return "\n".join([HEAD, *(_section(path, result, notes) for path, result in reports.items())])
 
 
-def _section(path: Path, notes: dict[str, Any]) -> str:
-    result = json.loads(path.read_text("utf-8"))
+def _section(path: Path, result: dict[str, Any], notes: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)
     title = f"## {result['title']}"
     lines = [title, "", f"`python -m benchmarks.{path.stem}`", "", f"Machine: {machine}.", ""]
