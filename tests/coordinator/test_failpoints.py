@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import select
 
 from coordinator import admin, failpoints, registry, schema
+from coordinator.audit import verified
 from coordinator.config import Home
-from coordinator.store import Store, verify_log
+from coordinator.store import Store
 from tests.coordinator.walk import study
 
 NAMES = ["site-1", "site-2", "site-3", "site-4"]
@@ -59,7 +60,7 @@ def test_a_command_that_is_killed_at_its_commit_can_be_given_again(
         assert killed == -signal.SIGKILL
         assert _concilium(home, command, {}) == 0
         assert store.run(registry.site, "st-marys").status == wanted
-        assert store.run(verify_log) > 0
+        assert store.run(verified).entries > 0
     store.close()
 
 

@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from coordinator import admin, sessions
+from coordinator.audit import verified
 from coordinator.config import Home
-from coordinator.store import Store, note, verify_log
+from coordinator.store import Store, note
 from tests.coordinator import postgres
 from tests.coordinator.agent import TestSilo, nothing
 from tests.coordinator.federation import Federation
@@ -52,10 +53,10 @@ def test_a_transaction_for_which_the_store_has_no_room_leaves_nothing_behind(
     store.run(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1").all())
     with pytest.raises(OperationalError, match="disk is full"):
         store.run(note, "large", text="x" * 1_000_000)
-    assert store.run(verify_log) == 0
+    assert store.run(verified).entries == 0
     store.run(lambda c: c.exec_driver_sql("PRAGMA max_page_count = 1000000").all())
     store.run(note, "large", text="x" * 1_000_000)
-    assert store.run(verify_log) == 1
+    assert store.run(verified).entries == 1
     store.close()
 
 
