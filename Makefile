@@ -30,12 +30,13 @@ help: ## this list
 demo: $(VENV)/.demo ## a whole federation on this machine, in about three minutes; ARGS="--silos 6"
 	@$(BIN)/concilium demo $(ARGS)
 
-# All of them are run once: those of secagg/ under coverage, which is to find every branch taken.
+# All of them are run once: those of secagg/ under coverage, which is to find every branch taken. The
+# others run in two processes, file by file; one thread of torch each, or they get in each other's way.
 test: $(VENV)/.test ## the tests; ARGS="-k secagg"
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory coverage
 	@$(BIN)/python -m tests.secagg.soak 2000 --random --jobs 2
-	@$(BIN)/python -m pytest --ignore=tests/secagg
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/secagg --numprocesses=2 --dist=loadfile
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

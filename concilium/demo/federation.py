@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -95,7 +96,7 @@ class Federation:
 
     def found_coordinator(self) -> str:
         """Make the authority and the store, and start the service; returns the fingerprint."""
-        port = _free_port()
+        port = free_port()
         address = f"127.0.0.1:{port}"
         fingerprint = admin.init(self.coordinator_home, address, listen=address)
         home = Home(self.coordinator_home)
@@ -209,11 +210,20 @@ class Federation:
         raise ProcessDied(f"the coordinator did not listen within {_START_SECONDS:.0f} s")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on.
+
+    Below the range that systems hand out to connections and to whoever asks for any port: what is
+    free there now is not given to somebody else by chance before it is bound.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _raise_first(futures: Sequence[Future[Enrolment]]) -> None:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from sqlalchemy import create_engine, text
 
-from tests.coordinator.federation import free_port
+from concilium.demo.federation import free_port
 
 WANTED = "needs PostgreSQL's server programs (Debian: apt-get install postgresql)"
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from concilium.demo.federation import free_port
 from coordinator import admin
 from coordinator.audit import verified
 from coordinator.config import Home, config_text
 from coordinator.store import Store
 from tests.coordinator.agent import TestSilo, nothing
-from tests.coordinator.federation import free_port
 from tests.coordinator.served import Coordinator, Served
 from tests.proxy import Proxy
 

@@ -13,12 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
+from concilium.demo.federation import free_port
 from concilium.status import coordinator_page, coordinator_values
 from coordinator import admin
 from coordinator.server import ServerError, health_of
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
-from tests.coordinator.federation import Federation, free_port
+from tests.coordinator.federation import Federation
 
 
 async def test_a_probe_may_ask_for_the_whole_and_for_each_service_and_watch_it_end(

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from concilium.demo.federation import free_port
 from secagg.roster import Roster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,9 +63,7 @@ class Deployment:
     _others_joined: bool = False
 
     def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._images(self.folder / "images.npz")
         (self.folder / "work").mkdir()
         (self.folder / "work" / "study").symlink_to(ROOT / "study")

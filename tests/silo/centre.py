@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,16 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from concilium.demo.federation import free_port
 from coordinator import admin as centre_admin
 from coordinator.server import CoordinatorServer
 from silo import admin
 from silo.home import SiloHome
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Centre:

@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from concilium.cli import main
+from concilium.demo.federation import free_port
 from silo import admin
 from silo.doctor import Finding, examine
 from silo.files import write_json
-from tests.silo.centre import Centre, enrol, free_port, make_site
+from tests.silo.centre import Centre, enrol, make_site
 from tests.silo.proxy import ConnectProxy
 from tests.silo.studies import FEDAVG
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from concilium.demo.federation import free_port
 from coordinator import admin as centre_admin
 from coordinator.authority import Authority
 from silo import admin
@@ -17,7 +18,7 @@ from silo.enrolment import renew, way_of
 from silo.errors import EnrolmentError, RefusedByCoordinator
 from silo.home import SiloHome
 from silo.identity import load_enrolment, load_or_make_identity
-from tests.silo.centre import Centre, enrol, free_port, make_site
+from tests.silo.centre import Centre, enrol, make_site
 
 
 @pytest.fixture
