@@ -82,6 +82,9 @@ class Summing:
         while True:
             row = await store.do(records.live_session, name)
             if row is None:
+                # What the operator wanted before this session opens, it honours: the service sees
+                # the store's changes by itself only every half second.
+                self._live.operator_wants(await store.do(records.study, name))
                 await self.may_go_on()
                 self.check_roster()
                 await self._enough_in_contact(asked)

@@ -106,12 +106,14 @@ def live(study: Study) -> None:
     """What happens to the study, from its offer to its end."""
     federation, home = study.federation, study.federation.coordinator_home
     study.until(lambda: "round 00002 model" in study.results())
+    admin.pause_study(home, study.id)  # or its rounds would be over before the newcomer is in
     silo.admin.leave(federation.silo_home("st-marys"), study.id, "the ward is being rebuilt")
     study.until(lambda: {s.name: s.answer for s in study.status().silos}["st-marys"] == "left")
     federation.names = (*NAMES, "hillcrest")
     federation.found_silo("hillcrest", images_of("hillcrest"))
     enrol_one(federation, "hillcrest")
     admin.change_roster(home, study.id, add=["hillcrest"])
+    admin.resume_study(home, study.id)
     study.until(lambda: study.offered("lakeside") == 2)
     federation.kill("coordinator")
     federation.kill("lakeside")
