@@ -59,12 +59,14 @@ class Scenario:
     channels: Sequence[int]
     kill_silo_every: int = 0
     kill_coordinator_every: int = 0
+    deadline: int = 600
+    """Seconds for each step. Who dies in a step has lost its keys, and is waited for until then."""
 
 
 SCENARIOS = {
     "light": Scenario(silos=100, rounds=200, channels=[8]),
     "heavy": Scenario(silos=10, rounds=5, channels=[128, 256, 352, 352]),
-    "soak": Scenario(10, 480, [8], kill_silo_every=20, kill_coordinator_every=80),
+    "soak": Scenario(10, 480, [8], kill_silo_every=20, kill_coordinator_every=80, deadline=10),
 }
 
 
@@ -78,7 +80,8 @@ class Watch:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
+        while True:
+            over = self._stop.wait(_SAMPLE_SECONDS)
             for name, process in list(self.sites.processes.items()):
                 pid = process.popen.pid
                 try:
@@ -89,6 +92,8 @@ class Watch:
                 self.samples.setdefault((name, pid), []).append(
                     (self.rounds, resident, descriptors)
                 )
+            if over:
+                return
 
     def stop(self) -> None:
         self._stop.set()
@@ -131,6 +136,7 @@ def run(scenario: Scenario, folder: Path) -> dict[str, Any]:
     plan = folder / "plan.toml"
     channels = list(scenario.channels)
     text = PLAN.format(channels=channels, attention=json.dumps([False] * len(channels)))
+    text = text.replace("= 600\n", f"= {scenario.deadline}\n")
     # More rounds than are waited for: publishing a model at 100 sites is not what is measured.
     plan.write_text(text.replace("count = 1\n", f"count = {2 * scenario.rounds}\n"))
     n = parameter_count(load_plan(plan.read_text()).model)
@@ -257,6 +263,7 @@ def main() -> None:
             known.channels,
             known.kill_silo_every,
             known.kill_coordinator_every,
+            known.deadline,
         )
         with tempfile.TemporaryDirectory() as folder:
             figures = run(scenario, Path(folder))

@@ -99,8 +99,10 @@ class KnownDeltas(Quantities):
     def _encode(self, work: RoundWork, silos: int, folder: Path) -> None:
         encoding = delta_encoding(work, silos, self._plan.secure_sum.ring)
         residual = np.zeros(sum(work.sizes), dtype=np.float32)
+        # The encoder uses up the delta that it is given, as that of a trained round.
+        delta = self.delta if self._plan.rounds.count == 1 else self.delta.copy()
         encoded = encoding.encode(
-            self.delta, residual, count=COUNT, loss=0.5, key=os.urandom(32), consume=True
+            delta, residual, count=COUNT, loss=0.5, key=os.urandom(32), consume=True
         )
         write_file(folder / "vector", encoded.vector.data.cast("B"))
 
