@@ -89,7 +89,7 @@ class Reader:
         """`count` blobs in a row, each either empty or `length` bytes long.
 
         In one go, since the N headers of N receivers hold five times N² of them: read one by one
-        they cost each of a hundred silos more than all its cryptography.
+        they were a large part of the time of a session of a hundred silos.
         """
         data, at, full, empty = self._data, self._at, u32(length), u32(0)
         fields = []
