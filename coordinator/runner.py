@@ -30,7 +30,6 @@ from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, RosterChanged, Stopped, StudyFailed, Summing
 from coordinator.union import collect_union
 from coordinator.worker import Worker
-from study.plan import Evaluation
 from study.quantity import (
     CensusWork,
     EvaluationWork,
@@ -39,6 +38,7 @@ from study.quantity import (
     evaluation_bins,
     moments_bound,
 )
+from study.sections import Evaluation
 from study.strategies import RoundRecord
 
 log = structlog.get_logger()

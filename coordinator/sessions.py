@@ -42,7 +42,7 @@ from secagg.events import (
 )
 from secagg.messages import MaskedInput, Parcel, Signed, Step
 from secagg.roster import Roster
-from study.plan import Deadlines
+from study.sections import Deadlines
 
 log = structlog.get_logger()
 

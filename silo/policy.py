@@ -13,8 +13,9 @@ from diffusion.features.pinned import FEATURE_NETWORKS
 from secagg.roster import Roster
 from silo.config import Policy
 from silo.model_size import parameter_count
-from study.plan import Auxiliary, Evaluation, Plan
+from study.plan import Plan
 from study.problems import PlanError
+from study.sections import Auxiliary, Evaluation
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from silo.data.cache import Labels
 from silo.jobs.together import leads
 from silo.jobs.training import SAVE_EVERY, first_model
 from silo.process import pause_requested
-from study.plan import Plan, WarmUp
+from study.plan import Plan
+from study.sections import WarmUp
 
 Vector = NDArray[np.float32]
 Indices = NDArray[np.int64]
