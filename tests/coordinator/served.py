@@ -24,6 +24,7 @@ from protos.v1 import enrolment_pb2 as join_pb
 from secagg.certificate import Certificate
 from tests.coordinator.agent import join
 from tests.coordinator.federation import Federation
+from tests.walking import Deaths
 
 
 class Coordinator:
@@ -59,7 +60,7 @@ class Coordinator:
 
 class Served(Federation):
     """A coordinator that dies at the first of `points`, is started again, dies at the second, and
-    so on. `points` then holds those that it has not reached."""
+    so on."""
 
     def __init__(
         self,
@@ -72,9 +73,9 @@ class Served(Federation):
     ) -> None:
         super().__init__(folder, absent_after, database)
         self.log = folder / "coordinator.log"
-        self.deaths: list[int] = []
+        self.deaths = Deaths(list(points))
         self.coordinator: Coordinator | None = None
-        self.points, self._record = list(points), record
+        self._record = record
         self._reviving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -91,8 +92,7 @@ class Served(Federation):
         while True:
             await asyncio.sleep(0.05)
             if self.coordinator is not None and self.coordinator.ended:
-                self.deaths.append(self.coordinator.process.returncode)
-                del self.points[:1]
+                self.deaths.died(self.coordinator.process.returncode)
                 self.coordinator = None
             if self.coordinator is None:
                 # A machine with too much to do refuses a new process now and then.
@@ -109,7 +109,7 @@ class Served(Federation):
 
     @property
     def _environment(self) -> dict[str, str]:
-        wanted = {failpoints.VARIABLE: self.points[0]} if self.points else {}
+        wanted = {failpoints.VARIABLE: point} if (point := self.deaths.next) else {}
         return wanted | ({failpoints.RECORD: str(self._record)} if self._record else {})
 
     async def _hand_in(self, token: str, request: join_pb.JoinRequest) -> join_pb.JoinReply:

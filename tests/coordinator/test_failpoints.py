@@ -39,8 +39,8 @@ async def test_a_study_whose_coordinator_is_killed_again_and_again_sums_everybod
     tmp_path: Path, database: str
 ) -> None:
     outcome = await study(tmp_path, POINTS, None, database, "")
-    assert outcome.left == []
-    assert outcome.deaths == [-signal.SIGKILL] * len(POINTS)
+    assert outcome.error is None
+    assert outcome.deaths.statuses == [-signal.SIGKILL] * len(POINTS)
     assert outcome.sums == {"census 1": (1, NAMES), "round 1": (2, NAMES), "round 2": (3, NAMES)}
 
 

@@ -1,32 +1,29 @@
 """Kill the coordinator at every step that it persists.
 
-    python -m tests.coordinator.walk --out FILE [--each] [--only REGEX]
+    python -m tests.coordinator.walk --out FILE [--only REGEX] [--resume]
 
-A first study is only recorded: it names the points. Then another FedDDPM+ study of four silos is
-run over the real wire, from the invitations to the model, with the coordinator killed by SIGKILL at
-the first point, started again, killed at the second, and so on through all of them. It has to end
-with the sessions and survivors of the first study in every sum, each sum equal to its survivors'
-vectors bit by bit, and made once. With --each every point has a study of its own, with one kill.
+A first study is only recorded: it names the points. Then the same FedDDPM+ study of four silos is
+run over the real wire again and again, from the invitations to the model, each time with the
+coordinator killed by SIGKILL at the next twenty points, one after the other, and started again. It
+has to end with the sessions and survivors of the first study in every sum, each sum equal to its
+survivors' vectors bit by bit, and made once.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import re
-import signal
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from coordinator import admin
-from diffusion.features.network import FEATURE_NETWORKS
+from diffusion.features.pinned import FEATURE_NETWORKS
 from tests.coordinator.served import Served
+from tests.walking import Deaths, Piece, Walk
 
 MORE = f"""
 [warm_up]
@@ -52,7 +49,6 @@ every = 2
 LIMIT_SECONDS, SECONDS_EACH = 900.0, 60.0
 ENDED = ("finished", "stopped", "failed")
 LAST = r" record#| sign_of_life#|^uploads discarded"
-Json = dict[str, Any]
 Sums = dict[str, tuple[int, list[str]]]
 
 
@@ -60,11 +56,9 @@ Sums = dict[str, tuple[int, list[str]]]
 class Run:
     """What became of a study."""
 
-    sums: Sums
-    deaths: list[int]
-    """Exit status of each coordinator that ended before the study did."""
-    left: list[str]
-    """Points that were not reached."""
+    deaths: Deaths
+    sums: Sums = field(default_factory=dict)
+    error: str | None = None
 
 
 async def study(
@@ -75,17 +69,23 @@ async def study(
     more: str = MORE,
 ) -> Run:
     """Run one from the invitations to the model, dying at the points one after the other."""
-    async with Served(folder, points=points, record=record, database=database) as federation:
-        silos = await federation.join_four()
-        for silo in silos:
-            silo.start()
-        name = admin.start_study(federation.home, federation.plan(2, 60.0, more))
-        limit = LIMIT_SECONDS + SECONDS_EACH * len(points)
-        await federation.until(lambda: federation.study(name).state in ENDED, limit)
-        assert federation.study(name).state == "finished", federation.study(name).error
-        await federation.until(lambda: all(name in silo.ended for silo in silos))
-        assert (federation.study(name).folder / "model" / "unet" / "config.json").exists()
-        return Run(federation.sums(name), federation.deaths, federation.points)
+    federation = Served(folder, points=points, record=record, database=database)
+    outcome = Run(federation.deaths)
+    try:
+        async with federation:
+            silos = await federation.join_four()
+            for silo in silos:
+                silo.start()
+            name = admin.start_study(federation.home, federation.plan(2, 60.0, more))
+            limit = LIMIT_SECONDS + SECONDS_EACH * len(points)
+            await federation.until(lambda: federation.study(name).state in ENDED, limit)
+            assert federation.study(name).state == "finished", federation.study(name).error
+            await federation.until(lambda: all(name in silo.ended for silo in silos))
+            assert (federation.study(name).folder / "model" / "unet" / "config.json").exists()
+            outcome.sums = federation.sums(name)
+    except AssertionError as error:
+        outcome.error = str(error)[:1000] or type(error).__name__
+    return outcome
 
 
 def run(points: Sequence[str] = (), record: Path | None = None) -> Run:
@@ -98,7 +98,8 @@ def record() -> tuple[Sums, list[str]]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "points"
         undisturbed = run(record=file)
-        assert undisturbed.deaths == []
+        assert undisturbed.error is None, undisturbed.error
+        assert undisturbed.deaths.statuses == []
         return undisturbed.sums, chosen(file.read_text().splitlines())
 
 
@@ -108,68 +109,40 @@ def chosen(recorded: list[str]) -> list[str]:
     points = [p for p in dict.fromkeys(recorded) if not p.endswith(" release#1")]
     points = [p for p in points if p.endswith("#1") or p.startswith("artifact ")]
     # What comes by the clock, or what a restart does in another way (it clears the uploads of all
-    # sessions that are over), goes last: into a study of its own.
-    return sorted(points, key=lambda p: bool(re.search(LAST, p)))
+    # sessions that are over), goes last: into a study of its own. A restarted process begins to
+    # count anew, so the numbers mean nothing to it.
+    in_order = sorted(points, key=lambda p: bool(re.search(LAST, p)))
+    return [point.partition("#")[0] for point in in_order]
 
 
-def judged(points: Sequence[str], outcome: Run, expected: Sums) -> str:
-    if outcome.sums != expected:
-        return f"other sums: {outcome.sums}"
-    if set(outcome.deaths) - {-signal.SIGKILL}:
-        return f"a coordinator ended by itself: {outcome.deaths}"
-    if len(outcome.deaths) + len(outcome.left) != len(points):
-        return f"{len(outcome.deaths)} deaths, {len(outcome.left)} of {len(points)} points left"
-    return "ok"
-
-
-def in_one_study(points: Sequence[str], expected: Sums) -> list[Json]:
-    """All points, in as few studies as it takes: what a restart does not come by again has to wait
-    for the next one."""
-    lines, left = [], [point.partition("#")[0] for point in points]
-    for turn in range(1, 6):
-        started = time.monotonic()
-        outcome = run(left)
-        verdict = judged(left, outcome, expected)
-        seconds = round(time.monotonic() - started, 1)
-        reached = left[: len(left) - len(outcome.left)]
-        lines.append({"study": turn, "verdict": verdict, "seconds": seconds, "killed_at": reached})
-        print(f"study {turn}: {len(reached)} kills, {verdict}, {seconds} s", flush=True)
-        left = outcome.left
-        if not left or not reached or verdict != "ok":
-            break
-    return [*lines, {"not_reached": left}]
-
-
-def one_study_each(points: Sequence[str], expected: Sums) -> list[Json]:
-    lines = []
-    for point in points:
-        started = time.monotonic()
-        try:
-            outcome = run([point])
-            verdict = judged([point], outcome, expected)
-            verdict = "not reached" if outcome.left else verdict
-        except AssertionError as error:
-            verdict = f"failed: {str(error)[:1000]}"
-        seconds = round(time.monotonic() - started, 1)
-        lines.append({"point": point, "verdict": verdict, "seconds": seconds})
-        print(json.dumps(lines[-1]), flush=True)
-    return lines
+def judged(outcome: Run, expected: Sums) -> list[str]:
+    problems = [outcome.error, outcome.deaths.problem]
+    if outcome.error is None and outcome.sums != expected:
+        problems.append(f"other sums: {outcome.sums}")
+    return [problem for problem in problems if problem]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--each", action="store_true", help="one study per point")
     parser.add_argument("--only", default="", help="points that match this regular expression")
+    parser.add_argument("--resume", action="store_true", help="go on where FILE says")
     given = parser.parse_args()
-    expected, points = record()
-    points = [p for p in points if re.search(given.only, p)]
-    print(f"{len(points)} points", flush=True)
-    lines = (one_study_each if given.each else in_one_study)(points, expected)
-    content = {"sums": expected, "points": points, "runs": lines}
-    given.out.write_text(json.dumps(content, indent=1) + "\n")
-    bad = [line for line in lines if line.get("verdict", "ok") != "ok" or line.get("not_reached")]
-    return len(bad) > 0
+    walk = Walk.resume(given.out) if given.resume else None
+    if walk is None:
+        sums, points = record()
+        walk = Walk.begin(given.out, [p for p in points if re.search(given.only, p)], sums=sums)
+    # As JSON has them: lists, no tuples.
+    expected = {
+        quantity: (number, names) for quantity, (number, names) in walk.content["sums"].items()
+    }
+
+    def piece(points: list[str]) -> Piece:
+        outcome = run(points)
+        return Piece(outcome.deaths, judged(outcome, expected))
+
+    walk.go(piece)
+    return not walk.good
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
 """Kill a silo's agent at every step that it persists.
 
-    python -m tests.silo.walk --out FILE [--only REGEX]
+    python -m tests.silo.walk --out FILE [--only REGEX] [--resume]
 
 One real agent, from `silo init` to the final model, and three silos of the tests take part in a
 FedDDPM+ study over the real wire. A first study is only recorded: it names the points, among them
-every file that the agent writes and every entry of its ledger. In a second study the agent is
-killed by SIGKILL at the first point, started again, killed at the second, and so on. It has to end
-with exact sums, each with the agent's one vector in it or without the agent; what the agent signed
-for a step of a session has to be one message, however often it was killed in between.
+every file that the agent writes and every entry of its ledger. Then the same study is run again
+and again, each time with the agent killed by SIGKILL at the next twenty points, one after the
+other, and started again. It has to end with exact sums, each with the agent's one vector in it or
+without the agent; what the agent signed for a step of a session has to be one message, however
+often it was killed in between.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -45,6 +43,7 @@ from silo.home import SiloHome
 from silo.identity import build_request, load_or_make_identity
 from tests.coordinator.agent import TestSilo
 from tests.coordinator.federation import Federation
+from tests.walking import Deaths, Piece, Walk
 
 NAME, OTHERS = "site-4", ["site-1", "site-2", "site-3"]
 MORE = """
@@ -74,9 +73,8 @@ Json = dict[str, Any]
 class Run:
     """What became of a study."""
 
-    deaths: list[int]
-    left: list[str]
-    with_agent: dict[str, bool]
+    deaths: Deaths
+    with_agent: dict[str, bool] = field(default_factory=dict)
     """quantity → whether the agent was in the sum."""
     problems: list[str] = field(default_factory=list)
 
@@ -85,8 +83,7 @@ class Agent:
     """`concilium silo join`, then `run`, begun again whenever it dies; the next point each time."""
 
     def __init__(self, home: Path, points: Sequence[str], record: Path | None) -> None:
-        self.home, self.points, self._record = home, list(points), record
-        self.deaths: list[int] = []
+        self.home, self.deaths, self._record = home, Deaths(list(points)), record
         self.process: subprocess.Popen[bytes] | None = None
 
     async def join(self, token: str) -> None:
@@ -98,7 +95,7 @@ class Agent:
             await self._run("run")
 
     async def _run(self, *command: str) -> int:
-        environment = {failpoints.VARIABLE: self.points[0]} if self.points else {}
+        environment = {failpoints.VARIABLE: point} if (point := self.deaths.next) else {}
         environment |= {failpoints.RECORD: str(self._record)} if self._record else {}
         with open(self.home / "walk.log", "ab") as log:
             self.process = subprocess.Popen(
@@ -111,8 +108,7 @@ class Agent:
         while self.process.poll() is None:
             await asyncio.sleep(0.05)
         if self.process.returncode != 0:
-            self.deaths.append(self.process.returncode)
-            del self.points[:1]
+            self.deaths.died(self.process.returncode)
         return self.process.returncode
 
     def end(self) -> None:
@@ -172,6 +168,18 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
     np.savez(data, images=rng.integers(0, 256, (30, 8, 8), dtype=np.uint8))
     admin.init(home, name=NAME, data=data, format="npz", threads=1, automatic=True)
     agent = Agent(home, points, record)
+    outcome = Run(agent.deaths)
+    try:
+        await _study(folder, agent, outcome)
+    except AssertionError as error:
+        outcome.problems.append(str(error)[:1000] or type(error).__name__)
+    finally:
+        agent.end()
+    return outcome
+
+
+async def _study(folder: Path, agent: Agent, outcome: Run) -> None:
+    home = agent.home
     async with Federation(folder, absent_after=1800.0) as federation:
         await federation.join(*OTHERS)
         watch = Watch(home, Home(federation.home).artifacts)
@@ -189,7 +197,7 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
         plan = federation.plan(2, 1800.0, MORE.format(sha256=FEATURE_NETWORKS["digits"].sha256))
         plan.write_text(plan.read_text().replace("image_size = 4", "image_size = 8"))
         name = centre.start_study(federation.home, plan)
-        limit = 900 + 60 * len(points)
+        limit = 900 + 60 * len(agent.deaths.points)
         over = ("finished", "failed", "stopped")
 
         def is_over() -> bool:
@@ -206,14 +214,12 @@ async def study(folder: Path, points: Sequence[str], record: Path | None) -> Run
         agent.end()
         results = store.run(records.results_of, name)
         store.close()
-        outcome = Run(agent.deaths, agent.points, {})
         if federation.study(name).state != "finished":
             outcome.problems.append(f"the study failed: {federation.study(name).error}")
         check_sums(federation.silos, results, watch, outcome)
         for (session, step), messages in watch.signed.items():
             if len(messages) > 1:
                 outcome.problems.append(f"session {session}: {len(messages)} messages of {step}")
-        return outcome
 
 
 def age_certificate(federation: Federation, home: Path) -> None:
@@ -221,7 +227,7 @@ def age_certificate(federation: Federation, home: Path) -> None:
     place = Home(federation.home)
     request = build_request(load_or_make_identity(SiloHome(home)), NAME)
     then = datetime.now(UTC) - timedelta(days=25)
-    old = Authority.load(place.authority).silo_certificate(NAME, parse_request(request), then)
+    old = Authority.load(place.authority).silo_certificate(NAME, parse_request(request), 30.0, then)
     store = Store(place.database(place.config()))
     store.run(registry.record_certificate, NAME, request, old)
     store.close()
@@ -253,37 +259,35 @@ def run(points: Sequence[str] = (), record: Path | None = None) -> Run:
         return asyncio.run(study(Path(folder), points, record))
 
 
+def undisturbed() -> list[str]:
+    """The points of a study in the order in which they are reached, each once."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "points"
+        outcome = run(record=file)
+        assert outcome.problems == []
+        assert outcome.deaths.statuses == []
+        return list(dict.fromkeys(file.read_text().splitlines()))
+
+
+def piece(points: list[str]) -> Piece:
+    outcome = run(points)
+    own = outcome.deaths.problem
+    problems = [*outcome.problems, *([own] if own else [])]
+    return Piece(outcome.deaths, problems, {"with_agent": outcome.with_agent})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="points that match this regular expression")
+    parser.add_argument("--resume", action="store_true", help="go on where FILE says")
     given = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "points"
-        undisturbed = run(record=file)
-        points = list(dict.fromkeys(file.read_text().splitlines()))
-    print(f"undisturbed: {undisturbed}", flush=True)
-    left = [p for p in points if re.search(given.only, p)]
-    print(f"{len(left)} points", flush=True)
-    lines: list[Json] = []
-    while left and len(lines) < 5:
-        started = time.monotonic()
-        outcome = run(left)
-        killed = left[: len(left) - len(outcome.left)]
-        problems = [*outcome.problems]
-        if set(outcome.deaths) - {-signal.SIGKILL}:
-            problems.append(f"the agent ended by itself: {outcome.deaths}")
-        seconds = round(time.monotonic() - started, 1)
-        line = {"killed_at": killed, "problems": problems, "with_agent": outcome.with_agent}
-        lines.append(line | {"seconds": seconds})
-        print(
-            f"study {len(lines)}: {len(killed)} kills, {problems or 'ok'}, {seconds} s", flush=True
-        )
-        if not killed or problems:
-            break
-        left = outcome.left
-    given.out.write_text(json.dumps({"runs": lines, "not_reached": left}, indent=1) + "\n")
-    return bool(left) or any(line["problems"] for line in lines)
+    walk = Walk.resume(given.out) if given.resume else None
+    if walk is None:
+        points = [p for p in undisturbed() if re.search(given.only, p)]
+        walk = Walk.begin(given.out, points)
+    walk.go(piece)
+    return not walk.good
 
 
 if __name__ == "__main__":
