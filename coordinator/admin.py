@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from sqlalchemy import Connection, select
 
-from coordinator import audit, records, registry, schema
+from coordinator import audit, records, registry, results, schema
 from coordinator.authority import SITE_NAME, Authority
 from coordinator.config import Home, config_text, new_config
 from coordinator.records import StudyRow
@@ -287,15 +286,15 @@ def _status(c: Connection, place: Home) -> Status:
 
 def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) -> StudyStatus:
     plan, roster = load_plan(row.plan), Roster.decode(row.roster)
-    results = records.results_of(c, row.id)
     session = records.live_session(c, row.id)
     awaited = tuple(json.loads(session.awaited)) if session else ()
     if row.state == "offered":
         answers = records.answers_of(c, row.id, roster.epoch)
         awaited = tuple(m.name for m in roster.members if m.name not in answers)
-    done = sum(f"round {n:05} tidy" in results for n in range(1, plan.rounds.count + 1))
-    last = results.get(f"round {done:05} model", {})
-    fids = [v["fid"] for k, v in results.items() if k.endswith(" evaluation")]
+    done = results.count(c, row.id, "tidy")
+    last = results.result(c, row.id, f"round {done:05} model") or {}
+    summed = results.result(c, row.id, f"round {done:05} sum") or {}
+    evaluated = results.last(c, row.id, "evaluation") or {}
     return StudyStatus(
         id=row.id,
         title=plan.study.title,
@@ -313,11 +312,11 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
         epoch=roster.epoch,
         threshold=roster.threshold,
         deadline=_deadline(c, row, roster, plan, session),
-        round_seconds=_round_seconds(results, done),
-        survivors=tuple(results.get(f"round {done:05} sum", {}).get("silos", ())),
+        round_seconds=_round_seconds(c, row.id, done),
+        survivors=tuple(summed.get("silos", ())),
         loss=last.get("loss"),
-        fid=fids[-1] if fids else None,
-        corrections=sum(key.endswith(" corrected") for key in results),
+        fid=evaluated.get("fid"),
+        corrections=results.count(c, row.id, "corrected"),
         silos=_silos(c, row.id, roster, known, awaited),
         folder=place.study(row.id),
     )
@@ -335,14 +334,13 @@ def _deadline(
     return session.deadline if session else None
 
 
-def _round_seconds(results: dict[str, Any], done: int) -> float | None:
+def _round_seconds(c: Connection, study: str, done: int) -> float | None:
     """What came under one round's keys took, in the middle of the last ten rounds."""
     of_round: dict[str, float] = {}
-    for key, value in results.items():
-        word, _, rest = key.partition(" ")
-        if word == "round" and int(rest[:5]) <= done:
-            of_round[rest[:5]] = of_round.get(rest[:5], 0.0) + value["seconds"]
-    return median(list(of_round.values())[-10:]) if of_round else None
+    for key, value in results.of_rounds(c, study, max(1, done - 9), done).items():
+        number = key.split()[1]
+        of_round[number] = of_round.get(number, 0.0) + value["seconds"]
+    return median(of_round.values()) if of_round else None
 
 
 def _silos(

@@ -11,6 +11,7 @@ from typing import Any
 
 Json = dict[str, Any]
 _MOST_GRIDS = 12
+_MOST_ROUNDS = 100
 
 _STYLE = """
 :root { --ink:#1c2330; --soft:#5b6577; --line:#dde2ea; --paper:#fff; --ground:#f4f6f9;
@@ -49,15 +50,24 @@ a { color:var(--blue) }
 """
 
 
+def shown(done: int) -> set[int]:
+    """The rounds that a page shows, of so many: all, or the last fifty and fifty before them."""
+    half = _MOST_ROUNDS // 2
+    before = max(0, done - half)
+    spread = min(half, before)
+    return {*range(before + 1, done + 1), *(1 + i * before // spread for i in range(spread))}
+
+
 def render(report: Json, folder: Path) -> str:
-    """The page for a report; pictures that lie in `folder` are put into it."""
+    """The page for a report with the rounds that are `shown`; pictures that lie in `folder` are put
+    into it."""
     parts = [
         _head(report),
         _facts(report),
         _samples(folder),
         _charts(report["rounds"]),
         _grids(report["rounds"], folder),
-        _rounds(report["rounds"]),
+        _rounds(report["rounds"], report["rounds_done"]),
         _traffic(report["bytes"]),
         _seconds(report["seconds"]),
         _files(report),
@@ -87,9 +97,8 @@ def _head(report: Json) -> str:
 def _facts(report: Json) -> str:
     rounds = report["rounds"]
     fids = [r["fid"] for r in rounds if "fid" in r]
-    corrections = sum("correction" in r for r in rounds)
     facts = [
-        (f"{len(rounds)} of {report['rounds_planned']}", "rounds"),
+        (f"{report['rounds_done']} of {report['rounds_planned']}", "rounds"),
         (_number(report["images"]), "images at the silos, about"),
         (_number(rounds[-1]["loss"] if rounds else None), "training loss, last round"),
     ]
@@ -97,7 +106,7 @@ def _facts(report: Json) -> str:
         facts.append((_number(fids[-1]), f"FID ({escape(_network(rounds))} features)"))
     if report["auxiliary"]:
         facts.append((_number(report["auxiliary"]["images"]), "synthetic images in the union"))
-        facts.append((str(corrections), "corrections"))
+        facts.append((str(report["corrections"]), "corrections"))
     cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)
     return f'<div class="facts">{cells}</div>'
 
@@ -217,9 +226,10 @@ def _picture(path: Path, text: str) -> str:
     return f'<img alt="{text}" src="data:image/png;base64,{content}">'
 
 
-def _rounds(rounds: Sequence[Json]) -> str:
+def _rounds(rounds: Sequence[Json], done: int) -> str:
     if not rounds:
         return ""
+    some = f": {len(rounds)} of {done}, all are in metrics.jsonl" if len(rounds) < done else ""
     body = "".join(
         f'<tr><td>{r["round"]}</td><td class="left">{escape(", ".join(r["survivors"]))}</td>'
         f"<td>{_number(r['loss'])}</td><td>{_number(r.get('auxiliary_loss'))}</td>"
@@ -228,7 +238,7 @@ def _rounds(rounds: Sequence[Json]) -> str:
         for r in rounds
     )
     return (
-        '<section><h2>Rounds</h2><div class="wide"><table><tr><th>round</th>'
+        f'<section><h2>Rounds{some}</h2><div class="wide"><table><tr><th>round</th>'
         '<th class="left">in the sum</th><th>loss</th><th>held-out loss</th><th>FID</th>'
         f'<th class="left">correction?</th></tr>{body}</table></div></section>'
     )

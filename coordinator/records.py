@@ -1,4 +1,4 @@
-"""Transactions about studies: state and answers, sessions and their events, results, artifacts.
+"""Transactions about studies: state, rosters and answers, sessions and their events.
 
 Every function runs inside `Store.run` or `Store.do`.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Select, delete, func, insert, select, update
 
+from coordinator.results import record_artifact
 from coordinator.schema import (
     answers,
-    artifacts,
     refusals,
-    results,
     rosters,
     session_events,
     sessions,
@@ -219,64 +218,6 @@ def answers_of(c: Connection, name: str, epoch: int) -> dict[str, Answer]:
     where = (answers.c.study == name) & (answers.c.epoch == epoch)
     rows = c.execute(select(answers).where(where))
     return {row.site: Answer(row.accepted, row.left, row.rule) for row in rows}
-
-
-# --- results of the runner's steps
-
-
-def result(c: Connection, name: str, key: str) -> Any:
-    """The JSON value stored under `key`, or None."""
-    where = (results.c.study == name) & (results.c.key == key)
-    row = c.execute(select(results.c.value).where(where)).first()
-    return None if row is None else json.loads(row.value)
-
-
-def put_result(c: Connection, name: str, key: str, value: Any) -> None:
-    text = json.dumps(value)
-    c.execute(insert(results).values(study=name, key=key, value=text, at=time.time()))
-
-
-def results_of(c: Connection, name: str) -> dict[str, Any]:
-    """Every result of a study, in the order in which they were reached."""
-    query = select(results).where(results.c.study == name).order_by(results.c.at, results.c.key)
-    return {row.key: json.loads(row.value) for row in c.execute(query)}
-
-
-def record_artifact(
-    c: Connection, name: str, sha256: bytes, role: str, size: int, *, published: bool
-) -> None:
-    where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
-    if c.execute(select(artifacts.c.role).where(where)).first() is None:
-        values = {"study": name, "sha256": sha256, "role": role, "size": size}
-        c.execute(insert(artifacts).values(**values, published=published))
-    elif published:
-        c.execute(update(artifacts).where(where).values(published=True))
-
-
-def published_size(c: Connection, name: str, sha256: bytes) -> int | None:
-    """The size of an artifact that the silos of the study may have, or None."""
-    where = (artifacts.c.study == name) & (artifacts.c.sha256 == sha256)
-    row = c.execute(select(artifacts.c.size).where(where, artifacts.c.published)).first()
-    return None if row is None else int(row.size)
-
-
-def done_with(
-    c: Connection, name: str, roles: Sequence[str], keep: Iterable[bytes]
-) -> tuple[list[bytes], list[bytes]]:
-    """Digests of the study's artifacts of these roles, but those to keep; and which of them no
-    other study refers to."""
-    kept, table = set(keep), artifacts.c
-    rows = c.execute(select(table.sha256).where(table.study == name, table.role.in_(roles)))
-    done = [row.sha256 for row in rows if row.sha256 not in kept]
-    others = select(table.sha256).where(table.study != name, table.sha256.in_(done))
-    elsewhere = {row.sha256 for row in c.execute(others)}
-    return done, [sha256 for sha256 in done if sha256 not in elsewhere]
-
-
-def forget_artifacts(c: Connection, name: str, digests: Sequence[bytes]) -> None:
-    """Strike artifacts whose files are gone."""
-    where = (artifacts.c.study == name) & artifacts.c.sha256.in_(digests)
-    c.execute(delete(artifacts).where(where))
 
 
 # --- sessions

@@ -1,7 +1,8 @@
 """What a study leaves for people: metrics.jsonl, report.json and index.html, after every round.
 
-All of it is computed from the stored results, so that a restart repeats or loses no line. Nothing
-here is about one silo's data: what silos contributed is known in sums only.
+All of it is computed from the stored results, so that a restart repeats or loses no line. They are
+read and written some rounds at a time: a study of ten thousand rounds takes no more memory than one
+of a hundred. Nothing here is about one silo's data: what silos contributed is known in sums only.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sqlalchemy import Connection, select
 
-from coordinator import failpoints, records
-from coordinator.page import render
+from coordinator import failpoints, records, results
+from coordinator.memory import give_back
+from coordinator.page import render, shown
 from coordinator.schema import traffic
 from coordinator.store import Store
 from coordinator.studies import LiveStudy
 
 Json = dict[str, Any]
 _MEASURED = ("fid", "samples", "network", "network_sha256")
+_AT_ONCE = 50
 _COMPARED = ("kid", "coverage", "copies", "losses", "measured", "clipped")
 
 
@@ -33,19 +38,46 @@ class Report:
 
     async def write(self) -> None:
         """Bring the files up to what the store holds."""
-        row = await self._store.do(records.study, self._live.id)
-        results = await self._store.do(records.results_of, self._live.id)
-        bytes_by_silo = await self._store.do(_traffic_of, self._live.id)
-        report = {**_head(self._live, row), **_body(results), "bytes": bytes_by_silo}
-        await asyncio.to_thread(self._write, report)
-
-    def _write(self, report: Json) -> None:
+        store, name = self._store, self._live.id
+        row = await store.do(records.study, name)
+        done = await store.do(results.count, name, "model")
+        others = await store.do(results.besides_rounds, name)
+        report = {**_head(self._live, row), **_before_rounds(others)}
+        seconds, pictured, corrections = _seconds({}, others), shown(done), 0
+        lines: list[Json] = []
         self._folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(line, ensure_ascii=False) for line in _metrics(report))
-        _replace(self._folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        _replace(self._folder / "report.json", text + "\n")
-        _replace(self._folder / "index.html", render(report, self._folder))
+        with (
+            _replacing(self._folder / "metrics.jsonl") as metrics,
+            _replacing(self._folder / "report.json") as file,
+        ):
+            file.write(json.dumps(report, indent=2, ensure_ascii=False)[:-2] + ',\n  "rounds": [')
+            for first in range(1, done + 1, _AT_ONCE):
+                last = min(first + _AT_ONCE - 1, done)
+                some = await store.do(results.of_rounds, name, first, last)
+                seconds = _seconds(seconds, some)
+                rounds = [_round(some, number) for number in range(first, last + 1)]
+                await asyncio.to_thread(_write_rounds, metrics, file, rounds)
+                corrections += sum("correction" in line for line in rounds)
+                lines += [line for line in rounds if line["round"] in pictured]
+            traffic = await store.do(_traffic_of, name)
+            rest = {"seconds": seconds, "outputs": _OUTPUTS, "bytes": traffic}
+            file.write("\n  ]," + json.dumps(rest, indent=2, ensure_ascii=False)[1:] + "\n")
+        report |= {"rounds": lines, "rounds_done": done, "corrections": corrections, **rest}
+        await asyncio.to_thread(self._write_page, report)
+
+    def _write_page(self, report: Json) -> None:
+        with _replacing(self._folder / "index.html") as file:
+            file.write(render(report, self._folder))
+        give_back()
+
+
+def _write_rounds(metrics: TextIO, report: TextIO, rounds: list[Json]) -> None:
+    """Append some rounds to both files; the first of all is not preceded by a comma."""
+    for line in rounds:
+        for event in _metrics(line):
+            metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
+        text = json.dumps(line, indent=2, ensure_ascii=False).replace("\n", "\n    ")
+        report.write(("\n    " if line["round"] == 1 else ",\n    ") + text)
 
 
 def _head(live: LiveStudy, row: records.StudyRow) -> Json:
@@ -70,27 +102,25 @@ def _head(live: LiveStudy, row: records.StudyRow) -> Json:
     }
 
 
-def _body(results: Json) -> Json:
+_OUTPUTS = {
+    "model": "model/",
+    "samples": "samples.png",
+    "grids": "grids/",
+    "metrics": "metrics.jsonl",
+    "report": "report.json",
+    "page": "index.html",
+}
+
+
+def _before_rounds(results: Json) -> Json:
     union, moments = (results.get(k, {}) for k in ("auxiliary", "moments"))
     counted = [v for k, v in results.items() if k == "census" or k.startswith("census of epoch ")]
     census = counted[-1] if counted else {}
-    numbers = range(1, len(results) + 1)
-    rounds = [_round(results, n) for n in numbers if f"round {n:05} model" in results]
     of_union = ("images", "held_out_images", "labels")
     return {
         "images": census.get("count"),
         "auxiliary": {key: union[key] for key in of_union if key in union},
         "features_of": moments.get("silos", []),
-        "rounds": rounds,
-        "seconds": _seconds(results),
-        "outputs": {
-            "model": "model/",
-            "samples": "samples.png",
-            "grids": [r["grid"] for r in rounds if r["grid"]],
-            "metrics": "metrics.jsonl",
-            "report": "report.json",
-            "page": "index.html",
-        },
     }
 
 
@@ -128,9 +158,9 @@ def _round(results: Json, number: int) -> Json:
     return line
 
 
-def _seconds(results: Json) -> Json:
-    """Seconds by kind of step, all rounds together."""
-    total: dict[str, float] = {}
+def _seconds(before: dict[str, float], results: Json) -> dict[str, float]:
+    """Seconds by kind of step, all rounds together: those before and these."""
+    total = dict(before)
     for key, value in results.items():
         words = key.split()
         kind = f"rounds: {words[2]}" if words[0] == "round" else key
@@ -140,20 +170,17 @@ def _seconds(results: Json) -> Json:
     return total
 
 
-def _metrics(report: Json) -> list[Json]:
-    """One line per thing that happened, in order."""
-    lines: list[Json] = []
+def _metrics(r: Json) -> Iterator[Json]:
+    """One line per thing that happened in a round, in order."""
     in_sum = ("round", "survivors", "epoch", "session", "loss", "moved", "saturated", "faults")
-    for r in report["rounds"]:
-        lines.append({"event": "round", **{key: r[key] for key in in_sum}})
-        if "decision" in r:
-            lines.append({"event": "decision", "round": r["round"], **r["decision"]})
-        if "correction" in r:
-            lines.append({"event": "correction", "round": r["round"], **r["correction"]})
-        if "fid" in r:
-            keys = ("round", *_MEASURED, *_COMPARED)
-            lines.append({"event": "evaluation", **{key: r[key] for key in keys if key in r}})
-    return lines
+    yield {"event": "round", **{key: r[key] for key in in_sum}}
+    if "decision" in r:
+        yield {"event": "decision", "round": r["round"], **r["decision"]}
+    if "correction" in r:
+        yield {"event": "correction", "round": r["round"], **r["correction"]}
+    if "fid" in r:
+        keys = ("round", *_MEASURED, *_COMPARED)
+        yield {"event": "evaluation", **{key: r[key] for key in keys if key in r}}
 
 
 def _traffic_of(c: Connection, study: str) -> Json:
@@ -161,8 +188,11 @@ def _traffic_of(c: Connection, study: str) -> Json:
     return {row.site: {"from_silo": row.received, "to_silo": row.sent} for row in rows}
 
 
-def _replace(path: Path, text: str) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` when it is written to the end."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text, "utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
     os.replace(partial, path)
     failpoints.reach(f"written {path.name}")

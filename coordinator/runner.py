@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from coordinator import jobs, records, registry
+from coordinator import jobs, records, registry, results
 from coordinator.aggregation import aggregate, census_total, mean_comparison, round_input
 from coordinator.config import Home
 from coordinator.jobs import Machine
@@ -331,12 +331,12 @@ class Runner:
         return {"loss": loss, **asdict(decision)}
 
     async def _history(self, number: int) -> list[RoundRecord]:
-        results = await self._tools.store.do(records.results_of, self._live.id)
         history = []
         for earlier in range(1, number):
-            decision = results[f"round {earlier:05} decision"]
-            after = results.get(f"round {earlier:05} corrected", {}).get("loss_after")
-            silos = results[f"round {earlier:05} model"]["loss"]
+            done = await self._tools.store.do(results.of_rounds, self._live.id, earlier, earlier)
+            decision = done[f"round {earlier:05} decision"]
+            after = done.get(f"round {earlier:05} corrected", {}).get("loss_after")
+            silos = done[f"round {earlier:05} model"]["loss"]
             history.append(
                 RoundRecord(earlier, decision["loss"], after, decision["correct"], silos)
             )
@@ -448,12 +448,12 @@ class Runner:
         keep = {bytes.fromhex(name) for name in named if name}
         roles = ("model", "state", "sum", "samples")
         store, name = self._tools.store, self._live.id
-        done, ours = await store.do(records.done_with, name, roles, keep)
+        done, ours = await store.do(results.done_with, name, roles, keep)
         # The files first: a row whose file is gone is struck after a restart, a file without a row
         # would be found by nobody.
         for sha256 in ours:
             await asyncio.to_thread(self._tools.artifacts.remove, sha256)
-        await store.do(records.forget_artifacts, name, done)
+        await store.do(results.forget_artifacts, name, done)
         return {"dropped": len(ours)}
 
     # --- the end
@@ -461,8 +461,8 @@ class Runner:
     async def _publish_what_there_is(self) -> None:
         """The model of the last round that was done, of a study that was stopped."""
         row = await self._tools.store.do(records.study, self._live.id)
-        results = await self._tools.store.do(records.results_of, self._live.id)
-        rounds = [v for k, v in results.items() if k.startswith("round ") and "moved" in v]
+        done = await self._tools.store.do(results.all_of, self._live.id)
+        rounds = [v for k, v in done.items() if k.startswith("round ") and "moved" in v]
         for step in rounds:
             if row.model is not None and step["model"] == row.model.hex():
                 return await self._write_model(step)
@@ -493,11 +493,11 @@ class Runner:
         started = time.time()
         result = await step()
         result["seconds"] = round(time.time() - started, 3)
-        await self._tools.store.do(records.put_result, self._live.id, key, result)
+        await self._tools.store.do(results.put_result, self._live.id, key, result)
         return result
 
     async def _result(self, key: str) -> Any:  # Json, or None before the step is done
-        return await self._tools.store.do(records.result, self._live.id, key)
+        return await self._tools.store.do(results.result, self._live.id, key)
 
     async def _stage(self, stage: str) -> None:
         await self._tools.store.do(records.set_stage, self._live.id, stage)
@@ -527,7 +527,7 @@ class Runner:
     async def _record(self, sha256: bytes, role: str, *, published: bool = False) -> None:
         size = self._tools.artifacts.path(sha256).stat().st_size
         await self._tools.store.do(
-            records.record_artifact, self._live.id, sha256, role, size, published=published
+            results.record_artifact, self._live.id, sha256, role, size, published=published
         )
 
     def _scratch(self, name: str) -> Path:

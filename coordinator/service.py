@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from coordinator import audit, records
+from coordinator import audit, results
 from coordinator.contacts import Progress
 from coordinator.door import Caller, Context, Door, NotFound
 from coordinator.sessions import Tools
@@ -189,7 +189,7 @@ class CoordinationService(CoordinationServicer):
         async with self._door.silo(context, request, "study", "sha256") as caller:
             live = self._studies.get(request.study, caller.site)
             store, sha256 = self._tools.store, request.sha256
-            size = await store.do(records.published_size, live.id, sha256)
+            size = await store.do(results.published_size, live.id, sha256)
             # The file goes before its row, when no step reads it any more.
             there = self._tools.artifacts.path(sha256).exists()
             if size is None or request.offset > size or not there:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator import records
+from coordinator import records, results
 from coordinator.sessions import SessionEnd, Tools
 from coordinator.studies import LiveStudy
 from coordinator.summing import Asked, StudyFailed, Summing
@@ -82,7 +82,7 @@ async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Aske
             "is too small for the sites' shares; see the sites' logs"
         )
     await tools.store.do(
-        records.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
+        results.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
     )
     return {"occupied": occupied, "epoch": live.roster.epoch, "session": asdict(end)}
 

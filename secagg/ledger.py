@@ -319,7 +319,9 @@ def _applied(record: SessionRecord, entry: Later) -> SessionRecord:
         case Aborted():
             return replace(record, aborted=True)
         case Settled():
-            return replace(record, settled=entry)
+            # Nobody is owed a share any more, and their bytes are most of what a record holds.
+            done = record.confirmed and replace(record.confirmed, locked_shares=b"")
+            return replace(record, settled=entry, confirmed=done)
     return replace(record, overruled=True)
 
 

@@ -38,32 +38,40 @@ class Heads:
         self._path, self._key, self._site = path, key, site
         self._turn = threading.Lock()
         try:
-            self._known = {head.place: head for head in signed_heads(path)}
+            known = signed_heads(path)
         except AuditError as error:
             raise SiloError(
                 f"{path} is damaged ({error}): move it away and keep it, a new one is begun"
             ) from error
-        write_file(path, self._text().encode())
+        # In memory only the last: there is one for every session that ever ended.
+        self._last = known[-1] if known else None
+        write_file(path, "".join(json.dumps(vars(head)) + "\n" for head in known).encode())
 
     def sign(self, place: int, digest: str) -> Head:
         """Raises LogRewritten where an entry is not what it was when this site signed it."""
         with self._turn:
             return self._sign(place, digest)
 
-    def _text(self) -> str:
-        return "".join(json.dumps(vars(head)) + "\n" for head in self._known.values())
-
     def _sign(self, place: int, digest: str) -> Head:
-        known = self._known.get(place)
+        known = self._signed(place)
         if known is not None and known.digest != digest:
             raise LogRewritten(
                 f"entry {place} of the study centre's audit log is another one than this site "
                 "signed: ask the study centre (`concilium silo heads` is the proof)"
             )
         if known is None:
-            known = self._known[place] = Head.sign(self._key, self._site, place, digest)
+            known = self._last = Head.sign(self._key, self._site, place, digest)
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(known)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         return known
+
+    def _signed(self, place: int) -> Head | None:
+        """What was signed at this place before. Places rise from session to session; one that does
+        not is of an outcome that came again, or of a log that was written anew."""
+        if self._last is None or place > self._last.place:
+            return None
+        if place == self._last.place:
+            return self._last
+        return next((head for head in signed_heads(self._path) if head.place == place), None)

@@ -44,8 +44,8 @@ class LedgerFile:
         self._path = path
         self._broken = False
         self._turn = threading.Lock()
-        self._entries: list[Entry] = []
-        self._chain = hashlib.sha256(MAGIC + study.encode()).digest()
+        self._count = 0
+        self._first = self._chain = hashlib.sha256(MAGIC + study.encode()).digest()
         try:
             self._read()
         except BaseException:
@@ -53,8 +53,21 @@ class LedgerFile:
             raise
 
     def entries(self) -> tuple[Entry, ...]:
-        """Everything recorded so far, oldest first."""
-        return tuple(self._entries)
+        """Everything recorded so far, oldest first, as the file has it: in memory it would be
+        another copy of a history of months. Raises LedgerError for a file that was damaged since.
+        """
+        found: list[Entry] = []
+        with self._turn:
+            if self._file < 0:
+                raise LedgerError(f"{self._path} is closed: open it again")
+            content, at, chain = _read_all(self._file), len(MAGIC), self._first
+            while len(found) < self._count:
+                record = self._record(content, at, chain, len(found))
+                if record is None:
+                    raise self._damaged(at, len(found))
+                at, chain, entry = record
+                found.append(entry)
+        return tuple(found)
 
     def append(self, entry: Entry) -> None:
         """Make `entry` durable. After an OSError the ledger must be opened anew.
@@ -70,7 +83,7 @@ class LedgerFile:
             chain = _next(self._chain, encoded)
             record = _header(encoded) + encoded + chain
             self._broken = True
-            number = len(self._entries) + 1
+            number = self._count + 1
             failpoints.reach(f"before ledger {number}")
             _write(self._file, record)
             failpoints.reach(f"written ledger {number}")
@@ -78,7 +91,7 @@ class LedgerFile:
             failpoints.reach(f"after ledger {number}")
             self._broken = False
             self._chain = chain
-            self._entries.append(entry)
+            self._count = number
 
     def close(self) -> None:
         """Let another process have it."""
@@ -96,8 +109,9 @@ class LedgerFile:
         if not content.startswith(MAGIC):
             raise LedgerError(f"{self._path} is not a ledger: restore it, or leave the study")
         at = len(MAGIC)
-        while (end := self._read_record(content, at)) is not None:
-            at = end
+        while (record := self._record(content, at, self._chain, self._count)) is not None:
+            at, self._chain, _ = record
+            self._count += 1
         if at != len(content):
             os.ftruncate(self._file, at)
             os.fsync(self._file)
@@ -111,8 +125,11 @@ class LedgerFile:
         # Without this a crash could lose the whole file, and with it the memory of the silo.
         sync_folder(self._path.parent)
 
-    def _read_record(self, content: bytes, at: int) -> int | None:
-        """Where the record at `at` ends, or None where the whole records end."""
+    def _record(
+        self, content: bytes, at: int, before: bytes, count: int
+    ) -> tuple[int, bytes, Entry] | None:
+        """Where the record at `at` ends, its chain and its entry; None where the whole records end.
+        `before` is the chain and `count` the number of those before it."""
         header = content[at : at + _HEADER]
         if len(header) < _HEADER:
             return None
@@ -120,25 +137,23 @@ class LedgerFile:
         length = int.from_bytes(header[:4], "big")
         if header[4:] != _header_check(header[:4]) or length > _MAX_ENTRY:
             if any(content[at + _HEADER :]):
-                raise self._damaged(at)
+                raise self._damaged(at, count)
             return None
         end = at + _HEADER + length + _CHAIN
         chain = content[end - _CHAIN : end]
         if end > len(content) or (end == len(content) and not any(chain)):
             return None
         encoded = content[at + _HEADER : end - _CHAIN]
-        if _next(self._chain, encoded) != chain:
-            raise self._damaged(at)
+        if _next(before, encoded) != chain:
+            raise self._damaged(at, count)
         try:
-            self._entries.append(decode_entry(encoded))
+            return end, chain, decode_entry(encoded)
         except MalformedMessage as error:
-            raise self._damaged(at) from error
-        self._chain = chain
-        return end
+            raise self._damaged(at, count) from error
 
-    def _damaged(self, at: int) -> LedgerError:
+    def _damaged(self, at: int, count: int) -> LedgerError:
         return LedgerError(
-            f"{self._path} is damaged at byte {at}, after {len(self._entries)} whole records. "
+            f"{self._path} is damaged at byte {at}, after {count} whole records. "
             "It is what keeps this site from answering twice, so it is not used any more: find out "
             "what changed it, restore the newest copy, and leave the study if there is none"
         )
@@ -164,7 +179,9 @@ def _write(file: int, data: bytes) -> None:
 
 
 def _read_all(file: int) -> bytes:
-    parts = []
-    while part := os.read(file, 1 << 20):
+    """The whole content, wherever the descriptor stands; it stays there."""
+    parts, at = [], 0
+    while part := os.pread(file, 1 << 20, at):
         parts.append(part)
+        at += len(part)
     return b"".join(parts)

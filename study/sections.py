@@ -155,7 +155,7 @@ class Auxiliary(Spec):
 class Rounds(Spec):
     """[rounds]: the federated rounds."""
 
-    count: Annotated[int, Field(ge=1, le=100_000)]
+    count: Annotated[int, Field(ge=1, le=99_999)]
     """Number of model rounds."""
 
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)]

@@ -13,7 +13,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from concilium.demo.federation import free_port
-from coordinator import admin, records
+from coordinator import admin, results
 from coordinator.artifacts import Artifacts
 from coordinator.config import Home, config_text
 from coordinator.server import CoordinatorServer
@@ -134,7 +134,7 @@ class Federation:
     def result(self, study: str, key: str) -> Any:
         store = Store(Home(self.home).database(Home(self.home).config()))
         try:
-            return store.run(records.result, study, key)
+            return store.run(results.result, study, key)
         finally:
             store.close()
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from coordinator import failpoints, records, schema
+from coordinator import failpoints, results, schema
 from coordinator.config import Home
 from coordinator.store import Store
 from protos.v1 import enrolment_pb2 as join_pb
@@ -127,13 +127,13 @@ class Served(Federation):
         store = Store(Home(self.home).database(Home(self.home).config()))
         try:
             rows = store.run(_sessions, study)
-            results = store.run(records.results_of, study)
+            stored = store.run(results.all_of, study)
         finally:
             store.close()
         names = sorted(self.silos)
         summed = [row for row in rows if row.certificate and is_sum(row.certificate)]
         assert set(Counter(row.quantity for row in summed).values()) == {1}
-        ends = [value["session"] for value in results.values() if "session" in value]
+        ends = [value["session"] for value in stored.values() if "session" in value]
         outcomes = {end["number"]: end for end in ends}
         found = {}
         for row in summed:

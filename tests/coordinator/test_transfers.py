@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from coordinator import admin, records
+from coordinator import admin, results
 from coordinator.artifacts import Artifacts
 from coordinator.config import Home
 from coordinator.spool import Spool
@@ -120,7 +120,7 @@ async def test_a_download_cut_anywhere_goes_on_with_the_byte_it_was_cut_at(tmp_p
         digest = Artifacts(place.artifacts).put(content)
         store = Store(place.database(place.config()))
         size = len(content)
-        store.run(records.record_artifact, study, digest, "model", size, published=True)
+        store.run(results.record_artifact, study, digest, "model", size, published=True)
         store.close()
         proxy, target = Proxy(federation.address), tmp_path / "model"
         partial = target.with_name("model.partial")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from coordinator import admin as centre_admin
-from coordinator import records
+from coordinator import results
 from coordinator.admin import StudyStatus
 from coordinator.config import Home
 from coordinator.store import Store
@@ -130,7 +130,7 @@ def centre_admin_results(centre: Centre) -> Any:
     place = Home(centre.home)
     store = Store(place.database(place.config()))
     try:
-        return store.run(records.results_of, study.id)
+        return store.run(results.all_of, study.id)
     finally:
         store.close()
 

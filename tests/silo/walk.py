@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from coordinator import admin as centre
-from coordinator import records, registry
+from coordinator import registry, results
 from coordinator.authority import Authority, parse_request
 from coordinator.config import Home
 from coordinator.store import Store
@@ -212,11 +212,11 @@ async def _study(folder: Path, agent: Agent, outcome: Run) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         agent.end()
-        results = store.run(records.results_of, name)
+        stored = store.run(results.all_of, name)
         store.close()
         if federation.study(name).state != "finished":
             outcome.problems.append(f"the study failed: {federation.study(name).error}")
-        check_sums(federation.silos, results, watch, outcome)
+        check_sums(federation.silos, stored, watch, outcome)
         for (session, step), messages in watch.signed.items():
             if len(messages) > 1:
                 outcome.problems.append(f"session {session}: {len(messages)} messages of {step}")
@@ -234,9 +234,9 @@ def age_certificate(federation: Federation, home: Path) -> None:
     write_file(SiloHome(home).certificates / "site.pem", old.pem)
 
 
-def check_sums(silos: dict[str, TestSilo], results: Json, watch: Watch, outcome: Run) -> None:
+def check_sums(silos: dict[str, TestSilo], stored: Json, watch: Watch, outcome: Run) -> None:
     """Each sum less the others' vectors is one that the agent had made, or nothing."""
-    for value in results.values():
+    for value in stored.values():
         end = value.get("session", {})
         if end.get("kind") != "summed":
             continue
