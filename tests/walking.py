@@ -74,7 +74,8 @@ class Walk:
     @classmethod
     def begin(cls, out: Path, points: list[str], **known: Any) -> Walk:
         """`known` is what the pieces are compared with."""
-        walk = cls(out, {**known, "points": points, "left": points, "not_reached": [], "runs": []})
+        left = list(range(len(points)))
+        walk = cls(out, {**known, "points": points, "left": left, "not_reached": [], "runs": []})
         walk._write()
         return walk
 
@@ -89,12 +90,14 @@ class Walk:
         problems = [p for run in self.content["runs"] for p in run["problems"]]
         return not problems and not self.content["left"] and not self.content["not_reached"]
 
-    def go(self, run: Callable[[list[str]], Piece], size: int = PIECE) -> None:
-        """Until no point is left; a piece that ends wrong is written down, and the next begun."""
+    def go(self, run: Callable[[list[str]], Piece], apart: int = 1) -> None:
+        """Until no point is left; a piece that ends wrong is written down, and the next begun. The
+        points of a piece are `apart` steps from each other, where a death may skip some steps."""
         while self.content["left"]:
-            left = self.content["left"]
+            chosen = self._choose(apart)
+            points = [self.content["points"][i] for i in chosen]
             started = time.monotonic()
-            piece = run(left[:size])
+            piece = run(points)
             killed = piece.deaths.killed
             line = {
                 "killed_at": killed,
@@ -105,12 +108,20 @@ class Walk:
             }
             self.content["runs"].append(line)
             if not killed:
-                self.content["not_reached"].append(left[0])
-            self.content["left"] = left[max(1, len(killed)) :]
+                self.content["not_reached"].append(points[0])
+            done = set(chosen[: max(1, len(killed))])
+            self.content["left"] = [i for i in self.content["left"] if i not in done]
             self._write()
             said = piece.problems or "ok"
             rest = len(self.content["left"])
             print(f"{len(killed)} kills: {said}, {line['seconds']} s; {rest} left", flush=True)
+
+    def _choose(self, apart: int) -> list[int]:
+        chosen: list[int] = []
+        for i in self.content["left"]:
+            if not chosen or i - chosen[-1] >= apart:
+                chosen.append(i)
+        return chosen[:PIECE]
 
     def _write(self) -> None:
         partial = self._out.with_name(self._out.name + ".part")
