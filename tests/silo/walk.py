@@ -6,9 +6,9 @@ One real agent, from `silo init` to the final model, and three silos of the test
 FedDDPM+ study over the real wire. A first study is only recorded: it names the points, among them
 every file that the agent writes and every entry of its ledger. Then the same study is run again
 and again, each time with the agent killed by SIGKILL at some of the points, one after the other,
-and started again, until all of them were walked. It has to end with exact sums, each with the agent's one vector in it or
-without the agent; what the agent signed for a step of a session has to be one message, however
-often it was killed in between.
+and started again, until all of them were walked. It has to end with exact sums, each with the
+agent's one vector in it or without the agent; what the agent signed for a step of a session has to
+be one message, however often it was killed in between.
 """
 
 from __future__ import annotations
