@@ -34,6 +34,7 @@ _COLORS = {
     "failed": "red",
     "revoked": "red",
     "declined": "red",
+    "declined by site policy": "red",
     "left": "red",
 }
 _SOON = 5 * 86_400.0
@@ -198,7 +199,7 @@ def _silos(study: StudyStatus, at: float) -> Table:
 def _doing(silo: SiloStatus) -> str:
     if silo.steps:
         return f"{silo.activity} {silo.step}/{silo.steps}"
-    return silo.activity or ("awaited" if silo.awaited else "")
+    return silo.activity or ("awaited" if silo.awaited else silo.why)
 
 
 # --- the institution

@@ -26,6 +26,8 @@ from secagg.roster import Member, Roster
 from study.audit_log import Head, Verified, write_entries
 from study.plan import Plan, load_plan
 
+_POLICY = "declined by site policy"  # as `silo.policy` words it
+
 
 class AdminError(Exception):
     """What was asked cannot be done; the text says why, and what to do."""
@@ -37,7 +39,9 @@ class SiloStatus:
 
     name: str
     answer: str
-    """accepted, declined, waiting or left."""
+    """accepted, declined by site policy, declined (by a person), waiting or left."""
+    why: str
+    """The site's reason: the rule of its policy that forbids the study, or what a person wrote."""
     last_contact: float | None
     activity: str
     step: int
@@ -358,6 +362,7 @@ def _silos(
             SiloStatus(
                 name=name,
                 answer=_said(said),
+                why="" if said is None else _why(said),
                 last_contact=site.last_contact if site else None,
                 activity=now.activity if now is not None and fresh else "",
                 step=now.step if now is not None and fresh else 0,
@@ -371,7 +376,16 @@ def _silos(
 def _said(answer: records.Answer | None) -> str:
     if answer is None:
         return "waiting"
-    return "left" if answer.left else "accepted" if answer.accepted else "declined"
+    if answer.left or answer.accepted:
+        return "left" if answer.left else "accepted"
+    return _POLICY if answer.rule.startswith(_POLICY) else "declined"
+
+
+def _why(answer: records.Answer) -> str:
+    for head in (f"{_POLICY}: ", "declined by a person: "):
+        if answer.rule.startswith(head):
+            return answer.rule.removeprefix(head)
+    return answer.rule
 
 
 @contextmanager

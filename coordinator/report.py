@@ -18,11 +18,11 @@ from typing import Any, TextIO
 from sqlalchemy import Connection, select
 
 from coordinator import failpoints, records, results
-from coordinator.memory import give_back
 from coordinator.page import render, shown
 from coordinator.schema import traffic
 from coordinator.store import Store
 from coordinator.studies import LiveStudy
+from study.memory import give_back
 
 Json = dict[str, Any]
 _MEASURED = ("fid", "samples", "network", "network_sha256")

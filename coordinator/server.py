@@ -37,6 +37,7 @@ from coordinator.studies import LiveStudy, Studies
 from coordinator.worker import Worker
 from protos.v1.coordination_pb2_grpc import add_CoordinationServicer_to_server
 from protos.v1.enrolment_pb2_grpc import add_EnrolmentServicer_to_server
+from study.memory import keep_what_is_there
 
 log = structlog.get_logger()
 
@@ -122,6 +123,7 @@ class CoordinatorServer:
         for service in _SERVICES:
             await self._health.set(service, HealthCheckResponse.SERVING)
         self._tasks.append(asyncio.create_task(self._keep_looking(), name="watch the store"))
+        keep_what_is_there()
         log.info("coordinator.started", listen=self._bind, address=self._config.address)
 
     async def _serve_metrics(self) -> None:

@@ -22,7 +22,7 @@ NO_HASH = bytes(HASH_BYTES)
 _MAX_PURPOSE = 32
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Quantity:
     """Q: what is being summed. One Q is summed once (docs/secure-sum.md, "Never twice")."""
 

@@ -50,14 +50,14 @@ _MAX_CONTEXT = 4096
 _MAX_LOCKED = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opened:
     """Before ADVERTISE: this session number is used up."""
 
     context: SessionContext
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Masked:
     """Before the masked vector leaves: this quantity was masked in this session."""
 
@@ -65,7 +65,7 @@ class Masked:
     vector: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Confirmed:
     """Before CONFIRM: the one survivor set, and the shares that unmasking needs, encrypted."""
 
@@ -77,21 +77,21 @@ class Confirmed:
     locked_shares: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unmasked:
     """Before UNMASK: this session can no longer be aborted by this silo."""
 
     ctx: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Aborted:
     """Before ABORT: this silo will never unmask this session."""
 
     ctx: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settled:
     """A verified certificate: how the session ended, and whether our input is in its sum."""
 
@@ -101,7 +101,7 @@ class Settled:
     included: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Overruled:
     """The operators of the silo settled a session in doubt by hand: it stays closed for ever."""
 
@@ -168,7 +168,7 @@ def decode_entry(data: bytes) -> Entry:
     return entry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SessionRecord:
     """All that the ledger says of one session."""
 

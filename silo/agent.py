@@ -46,6 +46,7 @@ from silo.participation import Participation, Tools, in_doubt
 from silo.quantities import Quantities
 from silo.status import Status
 from silo.worker import Worker
+from study.memory import keep_what_is_there
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +96,7 @@ class Agent:
         self._tools.status.certificate(self._enrolment.expires)
         if self._config.agent.metrics:
             serve_metrics(self._metrics, self._config.agent.metrics)
+        keep_what_is_there()
         log.info("agent started", site=self._config.site.name, coordinator=self._enrolment.address)
         try:
             async with asyncio.TaskGroup() as group:

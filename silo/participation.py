@@ -54,6 +54,7 @@ from silo.protocol import Protocol
 from silo.quantities import Quantities
 from silo.status import Status
 from silo.worker import Progress, Worker
+from study.memory import give_back
 
 _WAIT_SECONDS = 20
 _LOOK_SECONDS = 5.0
@@ -321,6 +322,7 @@ class Participation:
         self._show(session=task.session, phase=how, activity="")
         if task.outcome.HasField("log"):
             await self._countersign(task.outcome.log)
+        await asyncio.to_thread(give_back)
 
     async def _countersign(self, log: pb.LogHead) -> None:
         """Vouch for the audit log as it was when the session ended. One that is missed, since this

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import re
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from concilium.status import coordinator_page
 from coordinator import admin as centre_admin
 from coordinator import records
 from coordinator.config import Home
@@ -61,6 +65,13 @@ def rules(centre: Centre) -> dict[str, str]:
     return {site: answer.rule for site, answer in said.items()}
 
 
+def shown(centre: Centre) -> str:
+    """What `concilium coordinator status` prints."""
+    console = Console(width=400, file=io.StringIO(), record=True)
+    console.print(coordinator_page(centre_admin.status(centre.home), 0.0))
+    return console.export_text()
+
+
 def state(home: Path) -> str:
     studies = admin.status(home)["studies"].values()
     return next((str(study.get("state")) for study in studies), "")
@@ -79,17 +90,20 @@ async def test_an_offer_waits_for_a_person_and_the_policy_declines_by_itself(
     agents = [asyncio.create_task(run(home)) for home in homes.values()]
     try:
         await until(lambda: state(homes["north"]) == state(homes["east"]) == "waits for approval")
-        await until(lambda: answers(centre)["south"] == "declined")
+        await until(lambda: answers(centre)["south"] == "declined by site policy")
         said = "declined by site policy: largest_rounds: 3 rounds, at most 2"
         await until(lambda: state(homes["south"]) == said)
         assert rules(centre)["south"] == said, "and the study centre reads it"
+        page = shown(centre)
+        assert re.search(r"south +declined by site policy .*largest_rounds: 3 rounds, at", page)
         text = admin.roster(homes["north"])
         assert "waits for approval" in text
         assert admin.approve(homes["north"], study).roster.fingerprint in text
         assert "other studies" not in text
         admin.decline(homes["east"], study, "the ethics committee meets in May")
-        expected = {"east": "declined", "north": "accepted", "south": "declined"}
+        expected = {"east": "declined", "north": "accepted", "south": "declined by site policy"}
         await until(lambda: answers(centre) == expected)
+        assert "east: declined by a person: the ethics committee meets in May" in shown(centre)
         assert "(accepted)" in admin.roster(homes["north"])
         assert pinned_terms(study_of(homes["south"])) is None
     finally:
