@@ -228,9 +228,17 @@ def _memory(watch: Watch) -> dict[str, Any]:
         out |= {
             f"{part}_rss_mib": float(np.mean([s[1] for s in last])) / 2**20,
             f"{part}_rss_slope": float(np.mean(slopes)) if slopes else None,
+            f"{part}_rss_mib_by_round": _course(series[0]),
             f"{part}_descriptors": f"{max(s[0][2] for s in series)} → {max(s[2] for s in last)}",
         }
     return out
+
+
+def _course(samples: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    """What the slope was drawn through: resident MiB at ten rounds, each the mean of some samples
+    around it."""
+    parts = np.array_split(samples, min(10, len(samples)))
+    return ", ".join(f"{p[:, 0].mean():.0f}: {p[:, 1].mean() / 2**20:.1f}" for p in parts)
 
 
 def _slope(samples: np.ndarray[Any, np.dtype[np.int64]]) -> float | None:
