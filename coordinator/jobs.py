@@ -29,6 +29,8 @@ _MODEL = np.dtype("<f4")
 # Images of a study's grids are numbers 0, 1, … of one seed, so that grids of different rounds show
 # the same noise turned into images by different models; those that FID measures come after.
 _FIRST_MEASURED = 1_000_000
+# Those that judge a correction are others: what is shown must not be what was chosen by.
+_FIRST_JUDGED = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,42 @@ def frechet_distance(
 ) -> float:
     """FID of the samples of `draw_samples` against the images of all silos, of which `total` is
     the sum of moments over `summed` silos."""
+    plan = load_plan(plan_text)
+    drawn = np.fromfile(samples, dtype=np.uint8).reshape(-1, *plan.data.shape)
+    return _fid(drawn, total, work, silos, summed)
+
+
+def judged_distances(
+    machine: Machine,
+    plan_text: str,
+    models: list[Path],
+    total: Path,
+    work: dict[str, Any],
+    silos: int,
+    summed: int,
+) -> list[float]:
+    """The FID of each model as `frechet_distance` has it, of samples that it never sees; from the
+    same noise for all of them."""
+    plan = load_plan(plan_text)
+    if plan.evaluation is None:
+        raise ValueError("the plan has no [evaluation]")
+    images, found = plan.evaluation.samples, []
+    for model in models:
+        drawn = _samples(machine, plan, _load(plan, model), images, first=_FIRST_JUDGED)
+        found.append(_fid(drawn, total, work, silos, summed))
+    return found
+
+
+def _fid(
+    drawn: NDArray[np.uint8], total: Path, work: dict[str, Any], silos: int, summed: int
+) -> float:
     from diffusion.features.network import load_feature_network
     from diffusion.frechet import fid, moments
 
-    plan = load_plan(plan_text)
     asked = MomentsWork.model_validate(work)
     network = load_feature_network(asked.network)
     center = network.public_center().astype(np.float64)
     real, _, _ = summed_moments(total.read_bytes(), asked, silos, summed, center)
-    drawn = np.fromfile(samples, dtype=np.uint8).reshape(-1, *plan.data.shape)
     return fid(real, moments(network.extract(drawn), center))
 
 

@@ -147,8 +147,8 @@ def _round(results: Json, number: int) -> Json:
         line["decision"] = {k: v for k, v in decision.items() if k != "seconds"}
         line["auxiliary_loss"] = decision["loss"]
     if corrected:
-        keys = ("training_loss", "loss_after")
-        line["correction"] = {key: corrected[key] for key in keys}
+        keys = ("training_loss", "loss_after", "kept", "fid_before", "fid_after")
+        line["correction"] = {key: corrected[key] for key in keys if key in corrected}
     evaluation = part("evaluation")
     if evaluation:
         line |= {key: evaluation[key] for key in _MEASURED}

@@ -343,7 +343,7 @@ class Runner:
         return history
 
     async def _correct(self, number: int, step: Json, auxiliary: Json) -> Json:
-        """K steps on the auxiliary images, and the held-out loss after them."""
+        """K steps on the auxiliary images, the held-out loss after them, and whether they stay."""
         correction = self._plan.strategy.correction
         assert correction is not None  # noqa: S101 - decided by the same strategy
         await self._stage(f"round {number} of {self._plan.rounds.count}: correction")
@@ -356,24 +356,44 @@ class Runner:
             path(bytes.fromhex(step["model"])),
             path(bytes.fromhex(auxiliary["training"])),
             self._labels(auxiliary, "training"),
-            correction.steps_in(last),
-            correction.learning_rate,
+            correction.steps_in(number, last),
+            self._plan.correction_rate(number),
             correction.averages(last),
             number,
             out,
         )
-        model = await self._keep_model(out)
         held_out = path(bytes.fromhex(auxiliary["held_out"]))
         after = await self._worker.run(
             jobs.held_out_loss,
             self._machine,
             self._text,
-            path(model),
+            out,
             held_out,
             self._labels(auxiliary, "held_out"),
         )
-        changed = {"model": model.hex(), "training_loss": training, "loss_after": after}
+        changed: Json = {"training_loss": training, "loss_after": after, "kept": True}
+        if self._plan.evaluation is not None and correction.judges(last):
+            changed |= await self._judge(path(bytes.fromhex(step["model"])), out)
+        if changed["kept"]:
+            changed["model"] = (await self._keep_model(out)).hex()
+        else:
+            out.unlink()
         return {**step, **changed}
+
+    async def _judge(self, aggregate: Path, corrected: Path) -> Json:
+        """A correction that does not bring samples nearer to the silos' images is not kept."""
+        moments = await self._result("moments")
+        before, after = await self._worker.run(
+            jobs.judged_distances,
+            self._machine,
+            self._text,
+            [aggregate, corrected],
+            self._tools.artifacts.path(bytes.fromhex(moments["sum"])),
+            moments["work"],
+            moments["roster_size"],
+            len(moments["silos"]),
+        )
+        return {"fid_before": before, "fid_after": after, "kept": after < before}
 
     def _labels(self, auxiliary: Json, part: str) -> Path | None:
         """The labels of a part of the auxiliary set, where the model is conditional."""

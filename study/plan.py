@@ -108,9 +108,19 @@ class Plan(Spec):
 
     def optimizer_of(self, round: int) -> OptimizerSpec:
         """The local optimiser of a round, 1 … rounds.count: lr_r = lr · f^((r − 1)/(R − 1))."""
-        passed = (round - 1) / max(1, self.rounds.count - 1)
-        rate = self.optimizer.learning_rate * self.rounds.final_learning_rate**passed
+        rate = self.optimizer.learning_rate * self._decay(round)
         return self.optimizer.model_copy(update={"learning_rate": rate})
+
+    def correction_rate(self, round: int) -> float:
+        """The learning rate of a correction after a round; it falls as the silos' does."""
+        correction = self.strategy.correction
+        if correction is None:
+            raise ValueError(f"{self.strategy.kind} does not correct")
+        return correction.learning_rate * self._decay(round)
+
+    def _decay(self, round: int) -> float:
+        passed = (round - 1) / max(1, self.rounds.count - 1)
+        return float(self.rounds.final_learning_rate**passed)
 
     def toml(self) -> str:
         """The canonical text: every key with its value, in the order of the models."""

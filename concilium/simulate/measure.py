@@ -23,7 +23,8 @@ from study.plan import Plan
 
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
-_FIRST_MEASURED = 1_000_000  # as coordinator.jobs: after the numbers of the grids
+# As coordinator.jobs: after the numbers of the grids, and others for what is never shown.
+_FIRST_MEASURED, _FIRST_JUDGED = 1_000_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ class Ruler:
         each = self._evaluation.samples // len(models)
         return self._measure(np.concatenate([self._features(model, each) for model in models]))
 
+    def judged_fid(self, model: Vector) -> float:
+        """FID of samples that `of_model` never sees."""
+        if self._evaluation is None:
+            raise ValueError("the plan has no [evaluation]")
+        features = self._features(model, self._evaluation.samples, first=_FIRST_JUDGED)
+        return fid(self._moments, moments(features, self._center))
+
     def of_images(self, images: Images) -> Measured:
         """Of images that are there already."""
         if self._evaluation is None:
@@ -101,7 +109,7 @@ class Ruler:
             network_sha256=FEATURE_NETWORKS[self._name].sha256,
         )
 
-    def _features(self, model: Vector, n: int) -> Vector:
+    def _features(self, model: Vector, n: int, first: int = _FIRST_MEASURED) -> Vector:
         plan = self._plan
         inputs = {
             "what": "features of samples",
@@ -115,9 +123,12 @@ class Ruler:
                 for part in ("model", "schedule", "objective", "sampler")
             },
         }
-        return self._memo.get(inputs, lambda: {"features": self._drawn(model, n)})["features"]
+        if first != _FIRST_MEASURED:
+            inputs["first"] = first
+        found = self._memo.get(inputs, lambda: {"features": self._drawn(model, n, first)})
+        return found["features"]
 
-    def _drawn(self, model: Vector, n: int) -> Vector:
+    def _drawn(self, model: Vector, n: int, first: int) -> Vector:
         network = build_model(self._plan.model)
         load_vector(network, model)
         images = sample(
@@ -128,6 +139,6 @@ class Ruler:
             sampler=self._plan.sampler,
             seed=self._plan.study.seed,
             execution=self._execution,
-            first_index=_FIRST_MEASURED,
+            first_index=first,
         )
         return self._network.extract(images)

@@ -255,17 +255,25 @@ class Study:
             return model, now, lines
         corrected = self._correct(number, model, training)
         after = self._held_out_loss(corrected["model"], watched)
+        kept: Json = {"kept": True}
+        if self._plan.evaluation is not None and correction.judges(last):
+            kept = self._judge(model, corrected["model"])
         lines.append(
             {
                 "event": "correction",
                 "round": number,
-                "steps": correction.steps_in(last),
+                "steps": correction.steps_in(number, last),
                 "training_loss": float(corrected["loss"]),
                 "loss_after": after,
+                **kept,
             }
         )
         record = RoundRecord(number, before, after, True, silo_loss)
-        return corrected["model"], record, lines
+        return corrected["model"] if kept["kept"] else model, record, lines
+
+    def _judge(self, aggregate: Vector, corrected: Vector) -> Json:
+        before, after = (self._ruler.judged_fid(model) for model in (aggregate, corrected))
+        return {"fid_before": before, "fid_after": after, "kept": after < before}
 
     def _held_out_loss(self, model: Vector, images: Images) -> float:
         inputs = {
@@ -294,13 +302,14 @@ class Study:
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
         last = number == plan.rounds.count
-        steps, average = correction.steps_in(last), correction.averages(last)
+        steps, average = correction.steps_in(number, last), correction.averages(last)
+        rate = plan.correction_rate(number)
         inputs = {
             **self._common,
             "what": "correction",
             "given": digest_array(model, training),
             "optimizer": plan.optimizer.model_dump(mode="json"),
-            "correction": [steps, correction.learning_rate, average],
+            "correction": [steps, rate, average],
             "seed": plan.study.seed + number,
         }
 
@@ -311,7 +320,7 @@ class Study:
                 network,
                 training,
                 steps=steps,
-                learning_rate=correction.learning_rate,
+                learning_rate=rate,
                 schedule=plan.schedule,
                 objective=plan.objective,
                 optimizer=plan.optimizer,

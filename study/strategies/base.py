@@ -16,7 +16,7 @@ State: TypeAlias = Mapping[str, Vector | int]
 """What a strategy remembers between rounds: arrays and integers, so that any store can keep it."""
 
 
-Averages: TypeAlias = Literal["never", "last", "always"]
+When: TypeAlias = Literal["never", "last", "always"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,31 @@ class Correction:
     """How the coordinator optimises the aggregate on the auxiliary set when it is told to."""
 
     steps: int
+    first_steps: int
+    """Steps of a correction after the first round."""
     last_steps: int
     """Steps of a correction after the last round."""
     learning_rate: float
     held_out: float
     """Share of the auxiliary images that correction never sees: the trigger watches these."""
-    average: Averages = "last"
+    average: When = "last"
     """In which rounds the corrected model is the moving average of the correction's weights."""
+    judged: When = "last"
+    """In which rounds the corrected model replaces the aggregate only where its FID is lower."""
 
-    def steps_in(self, last: bool) -> int:
-        """Steps in a round that is the last one, or is not."""
-        return self.last_steps if last else self.steps
+    def steps_in(self, round: int, last: bool) -> int:
+        """Steps after a round, which is the last one or is not."""
+        if last:
+            return self.last_steps
+        return self.first_steps if round == 1 else self.steps
 
     def averages(self, last: bool) -> bool:
-        """Whether that is so in a round that is the last one, or is not."""
+        """Whether weights are averaged in a round that is the last one, or is not."""
         return self.average == "always" or (last and self.average == "last")
+
+    def judges(self, last: bool) -> bool:
+        """Whether the correction is judged in a round that is the last one, or is not."""
+        return self.judged == "always" or (last and self.judged == "last")
 
 
 @dataclass(frozen=True)

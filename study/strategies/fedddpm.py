@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from study.strategies.base import Averages, Correction, Decision, RoundRecord, Strategy
+from study.strategies.base import Correction, Decision, RoundRecord, Strategy, When
 
 
 class Corrected(Strategy):
@@ -24,16 +24,25 @@ class Corrected(Strategy):
     correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """K: optimiser steps per correction."""
 
+    first_correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """K of a correction after the first round; absent = the same. A model that has seen images of
+    all kinds early leaves the silos less to drift apart (docs/fedddpm.md)."""
+
     last_correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """K of a correction after the last round; absent = the same. What is done then is not undone by
     the silos' next local steps."""
 
     correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
-    """AdamW's step size in a correction; about half of the silos' (docs/fedddpm.md)."""
+    """AdamW's step size in a correction after round 1, about half of the silos'. It falls from
+    round to round as the silos' own does (rounds.final_learning_rate)."""
 
-    correction_average: Averages = "last"
+    correction_average: When = "last"
     """In which rounds a correction ends in the moving average of its weights. The average samples
     better but lags some ten steps behind, which the rounds that follow would have to make up."""
+
+    correction_judged: When = "never"
+    """In which rounds a correction is kept only where it lowers the FID against the silos' images,
+    of samples that no evaluation shows. Needs [evaluation]; without it every correction is kept."""
 
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the auxiliary images that correction never sees: the loss is watched on these."""
@@ -42,10 +51,12 @@ class Corrected(Strategy):
     def correction(self) -> Correction:
         return Correction(
             self.correction_steps,
+            self.first_correction_steps or self.correction_steps,
             self.last_correction_steps or self.correction_steps,
             self.correction_learning_rate,
             self.held_out,
             self.correction_average,
+            self.correction_judged,
         )
 
 

@@ -9,7 +9,8 @@ in every round (common random numbers), and r' the completed round W before r:
 One correction, then C ≥ W completed rounds without one (the cool-down). Thus no window holds a
 correction: the two losses compared are always those of aggregates between which nothing but
 federated rounds happened.
-With `correct_last` the aggregate of the last round is corrected in any case.
+With `first_correction_steps` the aggregate of the first round is corrected in any case, with
+`correct_last` that of the last.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
 the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
@@ -25,7 +26,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from study.strategies.base import Decision, RoundRecord
+from study.strategies.base import Decision, RoundRecord, When
 from study.strategies.fedddpm import Corrected
 
 _SIGNALS = {"auxiliary": "held-out", "silos": "the silos'"}
@@ -52,6 +53,11 @@ class FedDDPMPlus(Corrected):
     correct_last: bool = True
     """Whether the aggregate of the last round is corrected, however fast learning is."""
 
+    correction_judged: When = "last"
+    """In which rounds a correction is kept only where it lowers the FID against the silos' images,
+    of samples that no evaluation shows. Needs [evaluation]; without it every correction is kept. A
+    model that is trained to the end rarely needs the last one (docs/fedddpm.md)."""
+
     @model_validator(mode="after")
     def _no_window_spans_a_correction(self) -> Self:
         if self.cool_down is not None and self.cool_down < self.window:
@@ -68,6 +74,8 @@ class FedDDPMPlus(Corrected):
         numbers: dict[str, float] = {"window": W, "tau": self.tau}
         if last and self.correct_last:
             return Decision(True, "the last round is corrected in any case", numbers)
+        if self.first_correction_steps is not None and history[-1].round == 1:
+            return Decision(True, "the first round is corrected in any case", numbers)
         since = next((k for k, record in enumerate(reversed(history)) if record.corrected), None)
         if since is not None and since <= C:
             numbers |= {"rounds_since_correction": since, "cool_down": C}

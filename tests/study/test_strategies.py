@@ -209,5 +209,30 @@ def test_a_cool_down_may_be_longer_than_the_window_but_not_shorter():
 
 def test_the_last_correction_may_be_longer():
     correction = FedDDPMPlus(correction_steps=10, last_correction_steps=30).correction
-    assert (correction.steps_in(last=False), correction.steps_in(last=True)) == (10, 30)
-    assert FedDDPM(correction_steps=10).correction.steps_in(last=True) == 10
+    assert (correction.steps_in(5, last=False), correction.steps_in(5, last=True)) == (10, 30)
+    assert FedDDPM(correction_steps=10).correction.steps_in(5, last=True) == 10
+
+
+def test_the_first_round_is_corrected_in_any_case_where_steps_are_given_for_it():
+    early = FedDDPMPlus(window=2, tau=0.05, correction_steps=10, first_correction_steps=40)
+    assert early.decide(history(1.0)).correct
+    assert early.correction.steps_in(1, last=False) == 40
+    assert early.correction.steps_in(2, last=False) == 10
+    assert early.correction.steps_in(1, last=True) == 10, "a study of one round"
+    assert not PLUS.decide(history(1.0)).correct
+    slow = early.decide(history(1.0, 1.0, corrected=(1,)))
+    assert not slow.correct, "then it waits as after any other"
+
+
+@pytest.mark.parametrize(
+    ("judged", "middle", "end"),
+    [("never", False, False), ("last", False, True), ("always", True, True)],
+)
+def test_a_correction_is_judged_in_the_rounds_that_the_plan_says(judged, middle, end):
+    correction = FedDDPM(correction_judged=judged).correction
+    assert (correction.judges(last=False), correction.judges(last=True)) == (middle, end)
+
+
+def test_the_paper_keeps_every_correction_and_ours_judges_the_last():
+    assert FedDDPM().correction.judged == "never"
+    assert FedDDPMPlus().correction.judged == "last"
