@@ -9,13 +9,15 @@ loses every digit where the mean is large: such samples are centred first.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from kernels._arguments import as_layout_of, is_channels_last, is_dense
 
-_CHUNK = 1 << 17  # elements at a time
+_CHUNK = 1 << 16  # elements at a time: four such buffers of float32 stay in a cache of 1 MiB
 _FAR = 16.0  # standard deviations between a group's mean and zero
 
 _native = torch.ops.aten.native_group_norm
@@ -34,30 +36,24 @@ def _dense(x: Tensor) -> Tensor:
     return last.reshape(-1).view(last.shape).movedim(-1, 1)
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    if x.dtype == torch.float32:
-        return [slice(None)] if x.numel() else []
-    rows = max(1, _CHUNK // max(1, x[:1].numel()))
-    return [slice(start, start + rows) for start in range(0, x.shape[0] if x.numel() else 0, rows)]
+def _rows(x: Tensor) -> int:
+    """Samples to a chunk."""
+    return max(1, _CHUNK // x[:1].numel())
 
 
-def _buffer(x: Tensor, parts: list[slice]) -> Tensor | None:
-    """For one chunk in float32; None where x is float32 and taken whole."""
-    if x.dtype == torch.float32 or not parts:
-        return None
-    return torch.empty_like(x[parts[0]], dtype=torch.float32)
+def _pieces(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors cut alike; those with one row for all samples come whole every time. Cut at once:
+    chunks are so small that taking slices one by one would show in the time of a step.
+    """
+    batch = max(t.shape[0] for t in tensors)
+    whole = batch > 1
+    return zip(
+        *(repeat(t) if whole and t.shape[0] == 1 else t.split(rows) for t in tensors), strict=False
+    )
 
 
-def _load(x: Tensor, buffer: Tensor | None) -> Tensor:
-    return x if buffer is None else buffer[: x.shape[0]].copy_(x)
-
-
-def _store(out: Tensor, part: slice, value: Tensor) -> Tensor:
-    """``out`` with ``value`` in its place; the value itself where it is all of it."""
-    if value.shape == out.shape and value.dtype == out.dtype and value.stride() == out.stride():
-        return value
-    out[part].copy_(value)
-    return out
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride()
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -68,12 +64,11 @@ def _spread(per_group: Tensor, channels: int) -> Tensor:
     return per_group.repeat_interleave(channels // per_group.shape[1], 1)
 
 
-def _affine(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
+def _affine(x: Tensor, slope: Tensor, intercept: Tensor, out: Tensor) -> Tensor:
     """slope x + intercept per sample and channel, by the calls that torch vectorises."""
-    slope, intercept = _per_channel(slope, x), _per_channel(intercept, x)
     if is_channels_last(x):
-        return torch.addcmul(intercept, x, slope)
-    return (x * slope).add_(intercept)
+        return torch.addcmul(intercept, x, slope, out=out)
+    return torch.mul(x, slope, out=out).add_(intercept)
 
 
 def _far_from_zero(mean: Tensor, rstd: Tensor) -> Tensor:
@@ -104,22 +99,24 @@ def group_norm_silu_reference(
     y = torch.empty_like(x)
     mean = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    shared = weight.shape[0] == 1
-    parts = _chunks(dense)
-    buffer = _buffer(dense, parts)
-    for part in parts:
-        rows = slice(None) if shared else part
-        piece = _load(dense[part], buffer)
-        z, mean[part], rstd[part] = _forward_chunk(
-            piece, weight[rows], bias[rows], groups, eps, silu
-        )
-        y = _store(y, part, z)
-    for n in _far_from_zero(mean, rstd).tolist() if parts else []:
+    if not x.numel():
+        return y, mean, rstd
+    if x.dtype == torch.float32:
+        z, mean, rstd = _forward_chunk(dense, weight, bias, groups, eps, silu)
+        y = z if _alike(z, y) else y.copy_(z)
+    else:
+        rows = _rows(dense)
+        buffer = torch.empty_like(dense[:rows], dtype=torch.float32)
+        for piece, out, m, r, w, b in _pieces(rows, dense, y, mean, rstd, weight, bias):
+            loaded = buffer[: len(piece)].copy_(piece)
+            z, m[:], r[:] = _forward_chunk(loaded, w, b, groups, eps, silu)
+            out.copy_(z)
+    for n in _far_from_zero(mean, rstd).tolist():
         row = slice(n, n + 1)
-        rows = slice(None) if shared else row
+        rows_of_weight = slice(None) if weight.shape[0] == 1 else row
         centred = dense[row].float() - _per_channel(_spread(mean[row], x.shape[1]), x)
         z, correction, rstd[row] = _forward_chunk(
-            centred, weight[rows], bias[rows], groups, eps, silu
+            centred, weight[rows_of_weight], bias[rows_of_weight], groups, eps, silu
         )
         mean[row] += correction
         y[row].copy_(z)
@@ -158,18 +155,28 @@ def group_norm_silu_backward_reference(
         dense[far] -= _per_channel(_spread(mean[far], x.shape[1]), x)
         mean[far] = 0.0
         grad = grad.float()
-    parts = _chunks(dense)
     slope = _spread(rstd, x.shape[1]) * weight
     intercept = bias - _spread(mean, x.shape[1]) * slope
-    x_buffer, grad_buffer = _buffer(dense, parts), _buffer(dense, parts)
-    for part in parts:
-        rows = part if weight.shape[0] > 1 else slice(None)
-        piece, dz = _load(dense[part], x_buffer), _load(grad[part], grad_buffer)
+    slope, intercept = _per_channel(slope, x), _per_channel(intercept, x)
+    if dense.dtype == torch.float32:
+        z = _affine(dense, slope, intercept, torch.empty_like(dense)) if silu else dense
+        dz = _silu_backward(grad, z, grad_input=z) if silu else grad
+        dx, dw, db = _backward_chunk(dz, dense, weight, mean, rstd, groups)
+        grad_x = dx if _alike(dx, grad_x) else grad_x.copy_(dx)
+        return grad_x, dw, db
+    rows = _rows(dense)
+    x_buffer, dz_buffer, z_buffer = (
+        torch.empty_like(dense[:rows], dtype=torch.float32) for _ in range(3)
+    )
+    for piece, upstream, out, a, b, m, r, w, gw, gb in _pieces(
+        rows, dense, grad, grad_x, slope, intercept, mean, rstd, weight, grad_weight, grad_bias
+    ):
+        n = len(piece)
+        loaded, dz = x_buffer[:n].copy_(piece), dz_buffer[:n].copy_(upstream)
         if silu:
-            z = _affine(piece, slope[part], intercept[part])
-            dz = _silu_backward(dz, z, grad_input=z)
-        dx, dw, db = _backward_chunk(dz, piece, weight[rows], mean[part], rstd[part], groups)
-        grad_x = _store(grad_x, part, dx)
-        grad_weight[rows] += dw
-        grad_bias[rows] += db
+            _silu_backward(dz, _affine(loaded, a, b, z_buffer[:n]), grad_input=dz)
+        dx, dw, db = _backward_chunk(dz, loaded, w, m, r, groups)
+        out.copy_(dx)
+        gw += dw
+        gb += db
     return grad_x, grad_weight, grad_bias
