@@ -133,6 +133,13 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or is_channels_last(x)
 
 
+def contiguous_like(out: Tensor) -> Tensor:
+    """``out`` itself where it is contiguous, else room of the same shape to compute it in."""
+    if out.is_contiguous():
+        return out
+    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
 def as_layout_of(x: Tensor, like: Tensor) -> Tensor:
     """``x`` itself where its memory layout is that of the dense tensor ``like``, else a copy."""
     if not is_channels_last(like):

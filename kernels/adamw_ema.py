@@ -139,6 +139,7 @@ def _launch_adamw_ema(
             HAS_ANCHOR=anchor is not None,
             HAS_CONTROL=control is not None,
             BLOCK=_BLOCK,
+            enable_fp_fusion=True,
         )
 
 

@@ -36,13 +36,12 @@ from kernels._arguments import (
     check_same_shape,
     check_schedule,
     check_stream,
-    is_channels_last,
-    is_dense,
+    contiguous_like,
     on_device_of,
 )
 from kernels._ddpm_loss_cpu import ddpm_loss_reference
-from kernels.noise import block_size, needs_wide_index, normal_block
-from kernels.q_sample import memory_offset, per_sample, signal_and_noise, to_unit_range
+from kernels.noise import block_size, needs_wide_index, normal_block, warps_for
+from kernels.q_sample import per_sample, signal_and_noise, to_unit_range
 
 _BLOCKS_PER_CHUNK = 4  # what one program sums
 
@@ -61,13 +60,9 @@ def _residual_kernel(  # type: ignore[no-untyped-def]
     sample_id,
     step,
     elements,
-    channels,
-    spatial,
     n_steps,
     n_chunks,
     OBJECTIVE: tl.constexpr,
-    PRED_CHANNELS_LAST: tl.constexpr,
-    X_0_CHANNELS_LAST: tl.constexpr,
     FROM_UINT8: tl.constexpr,
     WITH_RESIDUAL: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -86,21 +81,20 @@ def _residual_kernel(  # type: ignore[no-untyped-def]
         block = chunk * BLOCKS + i
         index = block * BLOCK + tl.arange(0, BLOCK)
         inside = index < elements
-        at_pred = base + memory_offset(index, channels, spatial, PRED_CHANNELS_LAST)
+        offset = base + index
         target = tl.zeros((BLOCK,), dtype=tl.float32)
         if OBJECTIVE != "x0":
             target = normal_block(tl.load(key), tl.load(sample_id + n), tl.load(step), block, BLOCK)
         if OBJECTIVE != "eps":
-            at_x_0 = base + memory_offset(index, channels, spatial, X_0_CHANNELS_LAST)
-            x = to_unit_range(tl.load(x_0 + at_x_0, mask=inside, other=0), FROM_UINT8)
+            x = to_unit_range(tl.load(x_0 + offset, mask=inside, other=0), FROM_UINT8)
             if OBJECTIVE == "v":
                 target = signal * target - noise * x
             else:
                 target = x
-        difference = tl.load(pred + at_pred, mask=inside, other=0.0).to(tl.float32) - target
+        difference = tl.load(pred + offset, mask=inside, other=0.0).to(tl.float32) - target
         if WITH_RESIDUAL:
             stored = difference.to(residual.dtype.element_ty)
-            tl.store(residual + at_pred, stored, mask=inside)
+            tl.store(residual + offset, stored, mask=inside)
         total += tl.where(inside, difference * difference, 0.0)
     tl.store(partial + program, tl.sum(total))
 
@@ -153,63 +147,45 @@ def _launch_ddpm_loss(
     loss: Tensor,
     scale: Tensor,
 ) -> None:
-    """Fill ``loss`` and ``scale`` (B,) and, where given, the residual, which has the dense layout
-    of ``pred``.
-    """
-    batch = pred.shape[0]
+    """Fill ``loss`` and ``scale`` (B,) and, where given, the residual."""
     if pred.numel() == 0:
         loss.fill_(float("nan"))  # the mean of nothing, as in torch
         scale.fill_(0.0)
         return
-    x_0 = x_0 if is_dense(x_0) else x_0.contiguous()
     t, alpha_bar = t.contiguous(), alpha_bar.contiguous()
+    with on_device_of(pred):
+        partial = _launch_residual(pred, x_0, t, alpha_bar, stream, objective, residual)
+        n_chunks = partial.numel() // pred.shape[0]
+        _finish_kernel[(pred.shape[0],)](
+            partial, loss, scale, t, alpha_bar, float(pred[0].numel()),
+            0.0 if snr_gamma is None else snr_gamma, alpha_bar.shape[0], n_chunks,
+            OBJECTIVE=objective, WEIGHTED=snr_gamma is not None,
+            BLOCK=min(256, triton.next_power_of_2(n_chunks)), num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _launch_residual(
+    pred: Tensor, x_0: Tensor, t: Tensor, alpha_bar: Tensor,
+    stream: tuple[Tensor, Tensor, Tensor], objective: str, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Sums of squares, (B chunks,); where it is given, the residual is filled."""
     key, sample_id, step = stream
     elements = pred[0].numel()
-    channels = pred.shape[1] if pred.dim() > 1 else 1
     block = block_size(elements)
     n_chunks = triton.cdiv(elements, block * _BLOCKS_PER_CHUNK)
-    partial = torch.empty(batch * n_chunks, dtype=torch.float32, device=pred.device)
-    with on_device_of(pred):
-        _residual_kernel[(batch * n_chunks,)](
-            pred,
-            x_0,
-            residual,
-            partial,
-            t,
-            alpha_bar,
-            key,
-            sample_id.contiguous(),
-            step,
-            elements,
-            channels,
-            elements // channels,
-            alpha_bar.shape[0],
-            n_chunks,
-            OBJECTIVE=objective,
-            PRED_CHANNELS_LAST=is_channels_last(pred),
-            X_0_CHANNELS_LAST=is_channels_last(x_0),
-            FROM_UINT8=x_0.dtype == torch.uint8,
-            WITH_RESIDUAL=residual is not None,
-            BLOCKS=min(_BLOCKS_PER_CHUNK, triton.cdiv(elements, block)),
-            BLOCK=block,
-            WIDE=needs_wide_index(elements),
-            enable_fp_fusion=False,
-        )
-        _finish_kernel[(batch,)](
-            partial,
-            loss,
-            scale,
-            t,
-            alpha_bar,
-            float(elements),
-            0.0 if snr_gamma is None else snr_gamma,
-            alpha_bar.shape[0],
-            n_chunks,
-            OBJECTIVE=objective,
-            WEIGHTED=snr_gamma is not None,
-            BLOCK=min(256, triton.next_power_of_2(n_chunks)),
-            enable_fp_fusion=False,
-        )
+    partial = torch.empty(pred.shape[0] * n_chunks, dtype=torch.float32, device=pred.device)
+    made = None if residual is None else contiguous_like(residual)
+    _residual_kernel[(partial.numel(),)](
+        pred.contiguous(), x_0.contiguous(), made, partial, t, alpha_bar, key,
+        sample_id.contiguous(), step, elements, alpha_bar.shape[0], n_chunks,
+        OBJECTIVE=objective, FROM_UINT8=x_0.dtype == torch.uint8,
+        WITH_RESIDUAL=residual is not None,
+        BLOCKS=min(_BLOCKS_PER_CHUNK, triton.cdiv(elements, block)), BLOCK=block,
+        WIDE=needs_wide_index(elements), num_warps=warps_for(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    if residual is not None and made is not None and made is not residual:
+        residual.copy_(made)
+    return partial
 
 
 # --- the ops --------------------------------------------------------------------------------------
@@ -245,15 +221,12 @@ def _ddpm_loss_cuda(
     snr_gamma: float | None,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dense = pred if is_dense(pred) else pred.contiguous()
-    residual = torch.empty_like(dense) if with_residual else None
+    residual = torch.empty_like(pred) if with_residual else None
     loss = torch.empty(pred.shape[0], dtype=torch.float32, device=pred.device)
     scale = torch.empty_like(loss)
     stream = (key, sample_id, step)
-    _launch_ddpm_loss(dense, x_0, t, alpha_bar, stream, objective, snr_gamma, residual, loss, scale)
-    if residual is None:
-        return loss, scale, pred.new_empty(0)
-    return loss, scale, residual if dense is pred else torch.empty_like(pred).copy_(residual)
+    _launch_ddpm_loss(pred, x_0, t, alpha_bar, stream, objective, snr_gamma, residual, loss, scale)
+    return loss, scale, pred.new_empty(0) if residual is None else residual
 
 
 @_ddpm_loss.register_fake

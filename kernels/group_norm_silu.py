@@ -43,10 +43,13 @@ _TILE = 4096  # elements at a time in a Triton program
 
 
 @triton.jit
-def _group_sum(per_channel, group):  # type: ignore[no-untyped-def]
-    """For every channel the sum over the channels of its group."""
-    same = group[:, None] == group[None, :]
-    return tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
+def _group_sum(per_channel, group, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For every channel the sum over the channels of its group; lanes beyond the groups hold 0."""
+    if BLOCK < 2 * GROUP_SIZE:  # one group, whose square might not fit in registers
+        return tl.sum(per_channel, axis=0) + tl.zeros((BLOCK,), tl.float32)
+    else:
+        same = group[:, None] == group[None, :]
+        return tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
 
 
 @triton.jit
@@ -61,15 +64,14 @@ def _tile(start, channel, valid, channels, pixels, CHANNELS_LAST: tl.constexpr, 
 
 
 @triton.jit
-def _place(channels, n_blocks, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(channels, n_blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """(sample, this program's channels, which are whole groups, and which of the lanes they
     fill)
     """
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    width = BLOCK // GROUP_SIZE * GROUP_SIZE
-    channel = program % n_blocks * width + lane
-    return (program // n_blocks).to(tl.int64), channel, (lane < width) & (channel < channels)
+    channel = program % n_blocks * WIDTH + lane
+    return (program // n_blocks).to(tl.int64), channel, (lane < WIDTH) & (channel < channels)
 
 
 @triton.jit
@@ -88,10 +90,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, channel, valid = _place(channels, n_blocks, GROUP_SIZE, BLOCK)
+    n, channel, valid = _place(channels, n_blocks, WIDTH, BLOCK)
     group = channel // GROUP_SIZE
     x += n * channels * pixels
     y += n * channels * pixels
@@ -109,9 +112,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         average += delta * share
         squares += tl.sum(centred * centred, axis=0) + delta * delta * seen * share
         seen += count
-    group_mean = _group_sum(tl.where(valid, average, 0.0), group) / GROUP_SIZE
+    group_mean = _group_sum(tl.where(valid, average, 0.0), group, GROUP_SIZE, BLOCK) / GROUP_SIZE
     delta = tl.where(valid, average - group_mean, 0.0)
-    total = _group_sum(tl.where(valid, squares, 0.0) + seen * delta * delta, group)
+    squares = tl.where(valid, squares, 0.0) + seen * delta * delta
+    total = _group_sum(squares, group, GROUP_SIZE, BLOCK)
     group_rstd = tl.sqrt_rn(tl.div_rn(1.0, total / (seen * GROUP_SIZE) + eps))
     first = valid & (channel % GROUP_SIZE == 0)
     at = n * (channels // GROUP_SIZE) + group
@@ -156,10 +160,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, channel, valid = _place(channels, n_blocks, GROUP_SIZE, BLOCK)
+    n, channel, valid = _place(channels, n_blocks, WIDTH, BLOCK)
     group = channel // GROUP_SIZE
     grad += n * channels * pixels
     x += n * channels * pixels
@@ -183,8 +188,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_weight + n * channels + channel, product, mask=valid)
     tl.store(grad_bias + n * channels + channel, total, mask=valid)
     share = r / (pixels * GROUP_SIZE * 1.0)
-    constant = _group_sum(w * total, group) * share
-    slope = _group_sum(w * product, group) * share * r
+    constant = _group_sum(w * total, group, GROUP_SIZE, BLOCK) * share
+    slope = _group_sum(w * product, group, GROUP_SIZE, BLOCK) * share * r
     for start in range(0, pixels, ROWS):
         offset, inside = _tile(start, channel, valid, channels, pixels, CHANNELS_LAST, ROWS)
         centred = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - mu[None, :]
@@ -195,16 +200,28 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _tiling(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, int | bool]]:
-    """Whole groups to a program: enough of them for wide rows where channels are innermost."""
+    """Whole groups to a program: enough of them for wide rows where channels are innermost, and
+    where possible so many that every program's rows start on a 128-bit boundary.
+    """
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
     group_size = channels // groups
     last = is_channels_last(x)
     block = triton.next_power_of_2(min(channels, max(group_size, 64)) if last else group_size)
-    sizes = {"channels": channels, "pixels": pixels}
-    sizes["n_blocks"] = triton.cdiv(groups, block // group_size)
+    together = block // group_size
+    aligned = 8 // math.gcd(8, group_size)  # groups that end on 128 bits of half precision
+    if aligned <= together < groups:
+        together -= together % aligned
+    width = together * group_size
+    sizes = {"channels": channels, "pixels": pixels, "n_blocks": triton.cdiv(groups, together)}
     rows = max(1, min(_TILE // block, triton.next_power_of_2(pixels)))
-    tiles: dict[str, int | bool] = {"CHANNELS_LAST": last, "GROUP_SIZE": group_size}
-    return sizes, tiles | {"ROWS": rows, "BLOCK": block}
+    tiles: dict[str, int | bool] = {"CHANNELS_LAST": last, "GROUP_SIZE": group_size, "WIDTH": width}
+    warps = min(4, max(1, rows * block // 512))  # 16 elements a thread, or what there is
+    return sizes, tiles | {
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
 
 
 def _launch_forward(
@@ -358,6 +375,8 @@ def group_norm_silu(
             f"{op}: x must be (B, C, ...) with C divisible by groups, got {tuple(x.shape)} "
             f"and {groups} groups"
         )
+    if math.prod(x.shape[1:]) >= 1 << 31:
+        raise ValueError(f"{op}: x has 2^31 elements a sample or more, shape {tuple(x.shape)}")
     if (scale is None) != (shift is None):
         raise ValueError(f"{op}: scale and shift belong together, one of them is missing")
     if scale is not None and shift is not None:
@@ -374,6 +393,8 @@ def group_norm_silu(
     if scale is not None and shift is not None:
         gain = 1.0 + scale.float()
         w, b = w * gain, b * gain + shift
+    # (B, N, C) seen as (B, C, N), as attention has it, is channels_last with one more dimension.
+    image = x.unsqueeze(2) if x.dim() == 3 else x
     y: Tensor
-    y, _, _ = _group_norm_silu(x, w, b, groups, eps, silu)
-    return y
+    y, _, _ = _group_norm_silu(image, w, b, groups, eps, silu)
+    return y.squeeze(2) if x.dim() == 3 else y

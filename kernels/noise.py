@@ -155,6 +155,11 @@ def block_size(elements: int) -> int:
     return max(64, min(2048, 1 << max(elements - 1, 0).bit_length()))
 
 
+def warps_for(block: int) -> int:
+    """Warps to a program: 16 elements a thread, which makes 128 bits of the narrowest, uint8."""
+    return max(1, block // 512)
+
+
 def needs_wide_index(elements: int) -> bool:
     """Whether an offset within one sample may not fit in 32 bits."""
     return elements > (1 << 31) - 4096
@@ -177,6 +182,7 @@ def _launch_normal(out: Tensor, key: Tensor, sample_id: Tensor, step: Tensor) ->
             n_blocks,
             BLOCK=block,
             WIDE=needs_wide_index(elements),
+            num_warps=warps_for(block),
             enable_fp_fusion=False,
         )
 
@@ -193,7 +199,10 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """
     key = key.reshape(1)
     words = torch.cat([key, key >> 32]) & _MASK
-    weyl = torch.tensor(_WEYL, dtype=torch.int64, device=key.device)
+    # Filled, not copied from the host: a copy would wait for the GPU and break a graph's capture.
+    weyl = torch.empty_like(words)
+    weyl[0].fill_(_WEYL[0])
+    weyl[1].fill_(_WEYL[1])
     rounds = torch.arange(_ROUNDS, dtype=torch.int64, device=key.device)
     round_keys = (words + rounds[:, None] * weyl) & _MASK
     round_keys = round_keys.reshape(_ROUNDS, 2, *[1] * (even.dim() - 1))
@@ -207,10 +216,12 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return even, odd.bitwise_and_(_MASK)
 
 
-def _counters(sample_id: Tensor, step: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _counters(
+    sample_id: Tensor, step: Tensor, groups: int, first: int = 0
+) -> tuple[Tensor, Tensor]:
     even = sample_id.new_empty((2, sample_id.shape[0], groups))
     odd = torch.empty_like(even)
-    even[0] = torch.arange(groups, dtype=torch.int64, device=sample_id.device)
+    even[0] = torch.arange(first, first + groups, dtype=torch.int64, device=sample_id.device)
     even[1] = ((sample_id >> 32) & _MASK)[:, None]
     odd[0] = (sample_id & _MASK)[:, None]
     odd[1] = step.reshape(()) & _MASK
@@ -243,9 +254,11 @@ def _sin_cos_2pi_reference(u: Tensor) -> tuple[Tensor, Tensor]:
     return sin.view(torch.float32), cos.view(torch.float32)
 
 
-def _fill_normal(out: Tensor, key: Tensor, sample_id: Tensor, step: Tensor) -> None:
-    """``out``: (B, groups, 4) float32."""
-    radius, angle = philox(*_counters(sample_id, step, out.shape[1]), key)
+def fill_normal_reference(
+    out: Tensor, key: Tensor, sample_id: Tensor, step: Tensor, first: int = 0
+) -> None:
+    """The groups of four from ``first`` on; ``out``: (B, groups, 4) float32."""
+    radius, angle = philox(*_counters(sample_id, step, out.shape[1], first), key)
     u = radius.to(torch.float32).add_(0.5).mul_(2.0**-32)
     square = _log_reference(u).mul_(-2.0)
     r = square.double().sqrt_().to(torch.float32)  # torch's float32 sqrt is not correctly rounded
@@ -264,7 +277,7 @@ def normal_reference(
     rows = max(1, _CHUNK // max(groups, 1))
     for start in range(0, batch if groups else 0, rows):
         part = slice(start, start + rows)
-        _fill_normal(out[part], key, sample_id[part], step)
+        fill_normal_reference(out[part], key, sample_id[part], step)
     flat = out.view(batch, groups * 4)[:, :elements]
     return flat.to(dtype).reshape(tuple(shape)).contiguous()
 

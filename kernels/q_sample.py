@@ -19,7 +19,6 @@ from torch import Tensor
 from kernels._arguments import (
     FLOATS,
     IMAGES,
-    as_layout_of,
     check_batched,
     check_device,
     check_dtype,
@@ -28,22 +27,18 @@ from kernels._arguments import (
     check_schedule,
     check_stream,
     check_timestep_range,
-    is_channels_last,
-    is_dense,
+    contiguous_like,
     on_device_of,
 )
-from kernels.noise import block_size, needs_wide_index, normal_block, normal_reference
+from kernels.noise import (
+    block_size,
+    needs_wide_index,
+    normal_block,
+    normal_reference,
+    warps_for,
+)
 
 # --- Triton ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def memory_offset(index, channels, spatial, CHANNELS_LAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the logical (C, H, W) element ``index`` of one sample lies in memory."""
-    if CHANNELS_LAST:
-        return index % spatial * channels + index // spatial
-    else:
-        return index
 
 
 @triton.jit
@@ -72,12 +67,9 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
     sample_id,
     step,
     elements,
-    channels,
-    spatial,
     n_steps,
     n_blocks,
     GIVEN_NOISE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     FROM_UINT8: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -89,16 +81,15 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
         block = block.to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
-    offset = memory_offset(index, channels, spatial, CHANNELS_LAST)
-    base = n.to(tl.int64) * elements
+    offset = n.to(tl.int64) * elements + index
     _, signal, noise = signal_and_noise(alpha_bar, tl.load(t + n), n_steps)
-    x = to_unit_range(tl.load(x_0 + base + offset, mask=inside, other=0), FROM_UINT8)
+    x = to_unit_range(tl.load(x_0 + offset, mask=inside, other=0), FROM_UINT8)
     if GIVEN_NOISE:
-        eps = tl.load(given_eps + base + offset, mask=inside, other=0.0).to(tl.float32)
+        eps = tl.load(given_eps + offset, mask=inside, other=0.0).to(tl.float32)
     else:
         eps = normal_block(tl.load(key), tl.load(sample_id + n), tl.load(step), block, BLOCK)
     value = signal * x + noise * eps
-    tl.store(x_t + base + offset, value.to(x_t.dtype.element_ty), mask=inside)
+    tl.store(x_t + offset, value.to(x_t.dtype.element_ty), mask=inside)
 
 
 def _launch_q_sample(
@@ -110,22 +101,19 @@ def _launch_q_sample(
     eps: Tensor | None = None,
     stream: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Write x_t into the dense ``out``; noise from ``eps`` or from the stream (key, sample_id,
-    step).
-    """
+    """Write x_t into ``out``; noise from ``eps`` or from the stream (key, sample_id, step)."""
     if out.numel() == 0:
         return
-    x_0 = as_layout_of(x_0, out)
-    given = None if eps is None else as_layout_of(eps, out)
+    x_0, made = x_0.contiguous(), contiguous_like(out)
+    given = None if eps is None else eps.contiguous()
     key, sample_id, step = stream if stream is not None else (None, None, None)
     elements = out[0].numel()
-    channels = out.shape[1] if out.dim() > 1 else 1
     block = block_size(elements)
     n_blocks = triton.cdiv(elements, block)
     with on_device_of(out):
         _q_sample_kernel[(out.shape[0] * n_blocks,)](
             x_0,
-            out,
+            made,
             given,
             t.contiguous(),
             alpha_bar.contiguous(),
@@ -133,25 +121,17 @@ def _launch_q_sample(
             None if sample_id is None else sample_id.contiguous(),
             step,
             elements,
-            channels,
-            elements // channels,
             alpha_bar.shape[0],
             n_blocks,
             GIVEN_NOISE=given is not None,
-            CHANNELS_LAST=is_channels_last(out),
             FROM_UINT8=x_0.dtype == torch.uint8,
             BLOCK=block,
             WIDE=needs_wide_index(elements),
+            num_warps=warps_for(block),
             enable_fp_fusion=False,
         )
-
-
-def _launch_into_layout(x_0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The result, with the strides of ``empty_like``, and the dense tensor for the kernel to
-    write.
-    """
-    out = torch.empty_like(x_0, dtype=dtype)
-    return out, out if is_dense(out) else torch.empty(out.shape, dtype=dtype, device=out.device)
+    if made is not out:
+        out.copy_(made)
 
 
 # --- torch ----------------------------------------------------------------------------------------
@@ -209,9 +189,9 @@ def _q_sample_cuda(
     step: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    out, dense = _launch_into_layout(x_0, dtype)
-    _launch_q_sample(x_0, t, alpha_bar, dense, stream=(key, sample_id, step))
-    return out if dense is out else out.copy_(dense)
+    out = torch.empty_like(x_0, dtype=dtype)
+    _launch_q_sample(x_0, t, alpha_bar, out, stream=(key, sample_id, step))
+    return out
 
 
 @_q_sample.register_fake
@@ -238,9 +218,9 @@ def _add_noise(
 def _add_noise_cuda(
     x_0: Tensor, eps: Tensor, t: Tensor, alpha_bar: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    out, dense = _launch_into_layout(x_0, dtype)
-    _launch_q_sample(x_0, t, alpha_bar, dense, eps=eps)
-    return out if dense is out else out.copy_(dense)
+    out = torch.empty_like(x_0, dtype=dtype)
+    _launch_q_sample(x_0, t, alpha_bar, out, eps=eps)
+    return out
 
 
 @_add_noise.register_fake

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from kernels._arguments import (
     FLOATS,
-    as_layout_of,
     check_batched,
     check_device,
     check_dtype,
@@ -34,12 +33,17 @@ from kernels._arguments import (
     check_schedule,
     check_stream,
     check_timestep_range,
-    is_channels_last,
-    is_dense,
+    contiguous_like,
     on_device_of,
 )
-from kernels.noise import block_size, needs_wide_index, normal_block, normal_reference
-from kernels.q_sample import memory_offset, per_sample, sqrt_rn
+from kernels.noise import (
+    block_size,
+    needs_wide_index,
+    normal_block,
+    normal_reference,
+    warps_for,
+)
+from kernels.q_sample import per_sample, sqrt_rn
 
 # --- Triton ---------------------------------------------------------------------------------------
 
@@ -78,15 +82,12 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
     eta,
     clip,
     elements,
-    channels,
-    spatial,
     n_steps,
     n_blocks,
     DDIM: tl.constexpr,
     NOISY: tl.constexpr,
     CLIPPED: tl.constexpr,
     OBJECTIVE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -97,7 +98,7 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
         block = block.to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
-    offset = n.to(tl.int64) * elements + memory_offset(index, channels, spatial, CHANNELS_LAST)
+    offset = n.to(tl.int64) * elements + index
     a = _alpha_bar_at(alpha_bar, tl.load(t + n), n_steps)
     b = _alpha_bar_at(alpha_bar, tl.load(s + n), n_steps)
     beta = tl.div_rn(b - a, b)
@@ -132,19 +133,19 @@ def _launch_sampler_step(
     clip: float | None,
     out: Tensor,
 ) -> None:
-    """Write x_s into the dense ``out``; ``eta`` None is DDPM."""
+    """Write x_s into ``out``; ``eta`` None is DDPM."""
     if out.numel() == 0:
         return
+    made = contiguous_like(out)
     key, sample_id, step = stream
     elements = out[0].numel()
-    channels = out.shape[1] if out.dim() > 1 else 1
     block = block_size(elements)
     n_blocks = triton.cdiv(elements, block)
     with on_device_of(out):
         _sampler_step_kernel[(out.shape[0] * n_blocks,)](
-            as_layout_of(x_t, out),
-            as_layout_of(pred, out),
-            out,
+            x_t.contiguous(),
+            pred.contiguous(),
+            made,
             t.contiguous(),
             s.contiguous(),
             alpha_bar.contiguous(),
@@ -154,19 +155,19 @@ def _launch_sampler_step(
             0.0 if eta is None else eta,
             0.0 if clip is None else clip,
             elements,
-            channels,
-            elements // channels,
             alpha_bar.shape[0],
             n_blocks,
             DDIM=eta is not None,
             NOISY=eta is None or eta > 0.0,
             CLIPPED=clip is not None,
             OBJECTIVE=objective,
-            CHANNELS_LAST=is_channels_last(out),
             BLOCK=block,
             WIDE=needs_wide_index(elements),
+            num_warps=warps_for(block),
             enable_fp_fusion=False,
         )
+    if made is not out:
+        out.copy_(made)
 
 
 # --- torch ----------------------------------------------------------------------------------------
@@ -250,10 +251,9 @@ def _sampler_step_cuda(
     clip: float | None,
 ) -> Tensor:
     out = torch.empty_like(x_t)
-    dense = out if is_dense(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     stream = (key, sample_id, step)
-    _launch_sampler_step(x_t, pred, t, s, alpha_bar, stream, objective, eta, clip, dense)
-    return out if dense is out else out.copy_(dense)
+    _launch_sampler_step(x_t, pred, t, s, alpha_bar, stream, objective, eta, clip, out)
+    return out
 
 
 @_sampler_step.register_fake

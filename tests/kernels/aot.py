@@ -1,14 +1,16 @@
 """Compile every kernel in its real configurations without a GPU, and report what the compiler made
 of it.
 
-Run as a script, in a process without TRITON_INTERPRET: prints one JSON object, case -> architecture
--> facts. ``python tests/kernels/aot.py --write`` renews the committed table ``aot_table.json``.
+The launches are those of the project itself (`launches.py`), so that types, constants, what is
+divisible by 16 and what is 1 are what Triton finds on a GPU. Run as a script, in a process without
+TRITON_INTERPRET: prints one JSON object, launch and kernel -> architecture -> facts. ``python
+tests/kernels/aot.py --write`` renews the committed table ``aot_table.json``.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import json
 import os
 import pathlib
@@ -16,198 +18,82 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TABLE = pathlib.Path(__file__).with_name("aot_table.json")
 ARCHITECTURES: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One configuration: argument types by name ('*bf16', 'i32', 'fp32'), compile-time constants,
-    what is known to be divisible by 16, and whether all its stores must be 128 bits wide.
+class _Nowhere:
+    """Stands for Triton's driver of a GPU that is not there: enough of one to compile for it."""
+
+    def __init__(self, architecture: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        chip = ARCHITECTURES[architecture]
+        self._target = GPUTarget(
+            "hip" if isinstance(chip, str) else "cuda", chip, 64 if isinstance(chip, str) else 32
+        )
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend} {self._target.arch}"  # kernels are kept by device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return {"max_shared_mem": 64 * 1024}  # of the smallest of them, gfx942
+
+
+@contextlib.contextmanager
+def _compiling_only(architecture: str) -> Iterator[list[tuple[str, Any, tuple[int, ...]]]]:
+    """Launches compile, specialised for their arguments as on a GPU, and run nothing. Gives the
+    list of (kernel, what was compiled, grid) that they fill.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    seen: list[tuple[str, Any, tuple[int, ...]]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def compile_only(*arguments: Any, **options: Any) -> None:
+            compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            seen.append((kernel.fn.__name__, compiled, grid))
+
+        return compile_only
+
+    driver.set_active(_Nowhere(architecture))
+    with mock.patch.object(JITFunction, "__getitem__", launch), _NothingWaits():
+        yield seen
+
+
+class _NothingWaits(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU, or copy from it: neither may stand in a CUDA
+    graph, and both would cost every step its head start.
     """
 
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
-    wide: bool
-    num_warps: int = 4
-    fp_fusion: bool = False
-
-
-def cases() -> dict[str, Case]:
-    from kernels.adamw_ema import _adamw_ema_kernel
-    from kernels.ddpm_loss import _finish_kernel, _residual_kernel
-    from kernels.group_norm_silu import _backward_kernel, _forward_kernel
-    from kernels.mask_add import _mask_add_kernel
-    from kernels.noise import _normal_kernel
-    from kernels.q_sample import _q_sample_kernel
-    from kernels.sampler_step import _sampler_step_kernel
-
-    stream = {"key": "*i64", "sample_id": "*i64", "step": "*i64"}
-    schedule = {"t": "*i64", "alpha_bar": "*fp32", "n_steps": "i32"}
-    sizes = {"elements": "i32", "channels": "i32", "spatial": "i32"}
-    image = {**stream, **schedule, **sizes}
-    pointers = ("x_0", "x_t", "x_s", "pred", "residual", "given_eps", "out")
-    found: dict[str, Case] = {}
-
-    def add(name: str, kernel: Any, types: dict[str, str], wide: bool, **constants: Any) -> None:
-        divisible = (*pointers, "elements") if wide else pointers
-        found[name] = Case(kernel, types, constants, divisible, wide)
-
-    normal = {"out": "*fp32", **stream, "elements": "i32", "n_blocks": "i32"}
-    add("normal/fp32", _normal_kernel, normal, True, BLOCK=2048, WIDE=False)
-    add("normal/ragged", _normal_kernel, normal, False, BLOCK=1024, WIDE=False)
-    beyond = {**normal, "elements": "i64"}
-    add("normal/beyond 2^31", _normal_kernel, beyond, True, BLOCK=2048, WIDE=True)
-
-    for source, target, layout, wide in (
-        ("u8", "fp32", "nchw", True),
-        ("u8", "bf16", "nchw", True),
-        ("fp32", "fp32", "nchw", True),
-        ("u8", "fp32", "nhwc", False),
-        ("u8", "bf16", "nhwc", False),
-    ):
-        types = {"x_0": f"*{source}", "x_t": f"*{target}", **image, "n_blocks": "i32"}
-        fixed = dict(
-            CHANNELS_LAST=layout == "nhwc", FROM_UINT8=source == "u8", BLOCK=2048, WIDE=False
-        )
-        name = f"{source} to {target}/{layout}"
-        made = {**fixed, "given_eps": None, "GIVEN_NOISE": False}
-        add(f"q_sample/{name}", _q_sample_kernel, types, wide, **made)
-        given = {
-            **fixed, "key": None, "sample_id": None, "step": None, "GIVEN_NOISE": True
-        }  # fmt: skip
-        types = {k: v for k, v in types.items() if k not in stream} | {"given_eps": "*fp32"}
-        if name == "fp32 to fp32/nchw":
-            add(f"add_noise/{name}", _q_sample_kernel, types, wide, **given)
-
-    for objective, dtype, layout, keep in (
-        ("eps", "fp32", "nchw", True),
-        ("eps", "bf16", "nchw", True),
-        ("x0", "bf16", "nchw", True),
-        ("v", "bf16", "nchw", True),
-        ("v", "bf16", "nhwc", True),
-    ):
-        types = {"pred": f"*{dtype}", "x_0": "*u8", "residual": f"*{dtype}", "partial": "*fp32"}
-        types |= {**image, "n_chunks": "i32"}
-        last = layout == "nhwc"
-        fixed = dict(
-            OBJECTIVE=objective, PRED_CHANNELS_LAST=last, X_0_CHANNELS_LAST=last, FROM_UINT8=True,
-            WITH_RESIDUAL=keep, BLOCKS=4, BLOCK=2048, WIDE=False,
-        )  # fmt: skip
-        if not keep:
-            types.pop("residual")
-            fixed["residual"] = None
-        name = f"ddpm_loss/{objective} {dtype}/{layout}" + ("" if keep else "/no grad")
-        add(name, _residual_kernel, types, layout == "nchw", **fixed)
-    for objective, weighted in (("eps", False), ("v", True)):
-        types = {"partial": "*fp32", "loss": "*fp32", "scale": "*fp32", "elements": "fp32"}
-        types |= {**schedule, "gamma": "fp32", "n_chunks": "i32"}
-        name = f"ddpm_loss/finish {objective}" + (" weighted" if weighted else "")
-        fixed = dict(OBJECTIVE=objective, WEIGHTED=weighted, BLOCK=32)
-        add(name, _finish_kernel, types, False, **fixed)
-
-    for name, ddim, objective in (("ddpm eps", False, "eps"), ("ddim v", True, "v")):
-        types = {"x_t": "*fp32", "pred": "*bf16", "x_s": "*fp32", "s": "*i64", **image}
-        types |= {"eta": "fp32", "clip": "fp32", "n_blocks": "i32"}
-        fixed = {
-            "DDIM": ddim,
-            "NOISY": True,
-            "CLIPPED": True,
-            "OBJECTIVE": objective,
-            "CHANNELS_LAST": False,
-            "BLOCK": 2048,
-            "WIDE": False,
-        }
-        add(f"sampler_step/{name}", _sampler_step_kernel, types, True, **fixed)
-
-    state = ("param", "exp_avg", "exp_avg_sq", "ema", "anchor", "control")
-    scalars = {"lr": "*fp32", "step": "*i64", "ema_decay": "*fp32", "elements": "i64"}
-    rates = dict.fromkeys(("rate_1", "rate_2", "eps", "weight_decay", "mu"), "fp32")
-    types = {**dict.fromkeys(state, "*fp32"), "grad": "*bf16", **scalars, **rates}
-    full = {"HAS_EMA": True, "HAS_ANCHOR": True, "HAS_CONTROL": True, "BLOCK": 1024}
-    found["adamw_ema/all terms"] = Case(
-        _adamw_ema_kernel, types, full, (*state, "grad", "elements"), wide=True, fp_fusion=True
+    _REFUSED = (
+        "_local_scalar_dense",
+        "lift_fresh",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "is_nonzero",
     )
-    plain = {"HAS_EMA": True, "HAS_ANCHOR": False, "HAS_CONTROL": False, "BLOCK": 1024}
-    types = {k: v for k, v in types.items() if k not in ("anchor", "control")} | {"grad": "*fp32"}
-    hints = ("param", "exp_avg", "exp_avg_sq", "ema", "grad", "elements")
-    found["adamw_ema/average only"] = Case(
-        _adamw_ema_kernel, types, plain | {"anchor": None, "control": None}, hints, wide=True,
-        fp_fusion=True,
-    )  # fmt: skip
-    for dtype, last, size, silu in (
-        ("bf16", True, 8, True),
-        ("fp32", False, 8, True),
-        ("bf16", True, 4, True),  # 128 channels in 32 groups
-        ("bf16", True, 8, False),  # before attention
-    ):
-        types = {"weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "rstd": "*fp32"}
-        types |= dict.fromkeys(("pixels", "weight_stride", "n_blocks"), "i32")
-        types |= {"channels": "i32", "x": f"*{dtype}"}
-        rows, block = (64, 64) if last else (512, 8)
-        fixed = {"SILU": silu, "CHANNELS_LAST": last, "ROWS": rows, "BLOCK": block}
-        fixed |= {"GROUP_SIZE": size}
-        name = f"group_norm_silu/{{}} {dtype}/{'nhwc' if last else 'nchw'}"
-        name += "" if size == 8 else f"/groups of {size}"
-        name += "" if silu else "/no SiLU"
-        hints = ("x", "y", "grad", "grad_x", "channels", "pixels", "weight_stride")
-        forward = {**types, "y": f"*{dtype}", "eps": "fp32"}
-        backward = {**types, "grad": f"*{dtype}", "grad_x": f"*{dtype}"}
-        backward |= {"grad_weight": "*fp32", "grad_bias": "*fp32"}
-        for kernel, of, title in (
-            (_forward_kernel, forward, "forward"),
-            (_backward_kernel, backward, "backward"),
-        ):
-            of = {k: v for k, v in of.items() if k not in fixed}
-            found[name.format(title)] = Case(kernel, of, fixed, hints, wide=True, fp_fusion=True)
-    found |= _mask_add_cases(_mask_add_kernel)
-    return found
 
-
-def _mask_add_cases(kernel: Any) -> dict[str, Case]:
-    found = {}
-    for ring, quantise in ((8, True), (16, True), (32, True), (16, False)):
-        real = "*fp64" if ring == 32 else "*fp32"
-        types = {"words": f"*i{ring}", "keys": "*i32", "signs": "*i64", "n_keys": "i32"}
-        types |= {"size": "i32", "first_block": "i32", "skip": "i32"}
-        fixed: dict[str, Any] = {"QUANTISE": quantise, "RING": ring, "SEARCH": 8}
-        fixed["LANES"] = 64 if quantise and ring == 8 else 128
-        given = {"delta": "*fp32", "residual": "*fp32", "carried": "*fp32", "ends": "*i64"}
-        given |= {"up": real, "down": real, "bounds": real, "partial": "*i32"}
-        given |= {"rounding_key": "*i32", "n_tensors": "i32"}
-        if quantise:
-            types |= given
-        else:
-            fixed |= dict.fromkeys(given)
-        hints = ("words", "delta", "residual", "carried", "size", "skip")
-        name = f"mask_add/{'quantise and ' if quantise else ''}mask {ring}"
-        found[name] = Case(kernel, types, fixed, hints, wide=True)
-    return found
-
-
-def compile_case(case: Case, architecture: str) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = case.kernel.arg_names
-    known = {name: case.types.get(name, "constexpr") for name in names}
-    hints = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name in case.divisible
-        if known.get(name, "constexpr") != "constexpr"
-    }
-    constants = {(names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(fn=case.kernel, signature=known, constexprs=constants, attrs=hints)
-    chip = ARCHITECTURES[architecture]
-    target = GPUTarget("hip", chip, 64) if isinstance(chip, str) else GPUTarget("cuda", chip, 32)
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion}
-    return triton.compile(source, target=target, options=options)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self._REFUSED, f"{name} waits for the GPU"
+        return func(*args, **(kwargs or {}))
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:
@@ -264,16 +150,26 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
     }
 
 
+def _facts(compiled: Any, wide: bool) -> dict[str, Any]:
+    facts = nvidia_facts(compiled) if "cubin" in compiled.asm else amd_facts(compiled)
+    return facts | {"wide": wide, "exact": not compiled.metadata.enable_fp_fusion}
+
+
 def survey() -> dict[str, dict[str, dict[str, Any]]]:
+    from launches import launches
+
     facts: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, case in cases().items():
+    for launch in launches():
         for architecture in ARCHITECTURES:
-            compiled = compile_case(case, architecture)
-            read = nvidia_facts if "cubin" in compiled.asm else amd_facts
-            facts.setdefault(name, {})[architecture] = read(compiled) | {
-                "wide": case.wide,
-                "exact": not case.fp_fusion,
-            }
+            with _compiling_only(architecture) as seen:
+                launch.run()
+            for kernel, compiled, grid in seen:
+                assert len(grid) == 1, launch.name  # the other two dimensions end at 65,535
+                wide = launch.wide and kernel != "_finish_kernel"  # that one writes two numbers
+                name = f"{launch.name}: {kernel.strip('_')}"
+                while architecture in facts.get(name, {}):
+                    name += " again"
+                facts.setdefault(name, {})[architecture] = _facts(compiled, wide)
     return facts
 
 

@@ -14,7 +14,7 @@ NAN = float("nan")
     ("shape", "groups"),
     [  # group sizes that are and aren't powers of two, several blocks of channels, several tiles
         ((2, 8, 5, 7), 2), ((2, 12, 4, 4), 4), ((1, 72, 3, 3), 12), ((1, 4, 67, 65), 1),
-        ((2, 4, 1, 1), 4), ((0, 4, 2, 2), 2),
+        ((2, 4, 1, 1), 4), ((0, 4, 2, 2), 2), ((1, 96, 3, 3), 8), ((1, 136, 2, 2), 1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("channels_last", [False, True])
