@@ -91,10 +91,10 @@ def our_step(device: str, execution: Execution | None = None) -> Job:
     schedule, objective = ScheduleSpec(kind="linear"), ObjectiveSpec(prediction="eps")
     run = _Run(model, schedule, objective, optimizer, 0, execution)
     run.begin(0, 1000, None, None, None, None)
-    x_0 = images(device)
+    x_0 = images(device).to(device)
     form = "fused norms" if execution.fused_norms else "torch's norms"
     about = _about(model, f"{execution.dtype}, eager, {execution.memory_format}, {form}")
-    return lambda: run.step(x_0.to(device), None), about
+    return lambda: run.step(x_0, None), about
 
 
 def _about(model: nn.Module, how: str) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def train(
     order = BatchOrder(len(images), optimizer.batch_size, seed)
     for done in range(run.done, steps):
         indices = order.indices(first_step + done)[run.rows]
-        known = None if labels is None else torch.from_numpy(labels[indices]).to(execution.device)
-        run.step(torch.from_numpy(images[indices]).to(execution.device), known)
+        known = None if labels is None else _to_device(labels[indices], execution.device)
+        run.step(_to_device(images[indices], execution.device), known)
         if progress:
             progress(done + 1, float(run.losses[done]))
         due = done + 1 < steps and ((done + 1) % save_every == 0 or save_now())
@@ -123,6 +123,14 @@ def _check_images(images: Images) -> None:
         raise ValueError(
             f"images are {images.dtype} of shape {images.shape}: give uint8 of shape (n, c, h, w)"
         )
+
+
+def _to_device(batch: Images | Labels, device: torch.device) -> torch.Tensor:
+    """Not waiting for what a GPU still computes, which a copy from ordinary memory would."""
+    host = torch.from_numpy(batch)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
 
 
 class _Run:
