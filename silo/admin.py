@@ -44,6 +44,7 @@ name = {name}
 
 # [coordinator]
 # proxy = "http://proxy.example.org:3128"   # absent: as https_proxy and no_proxy say
+# keepalive = 60                            # seconds of silence after which the line is pinged
 
 [data]
 path = {data}                         # a file or folder; never leaves this machine
@@ -134,14 +135,14 @@ async def join(home: Path, token: str, announce: Callable[[str], None]) -> Enrol
 async def renew(home: Path) -> Enrolment:
     """A fresh certificate now; the agent does it by itself in time. Raises EnrolmentError."""
     place = SiloHome(home)
-    proxy = load_config(place).coordinator.proxy.get_secret_value()
+    line = load_config(place).coordinator
     identity, enrolment = load_or_make_identity(place), load_enrolment(place)
     enrolment.check()
-    way = way_of(enrolment, identity, proxy)
+    way = way_of(enrolment, identity, line)
     client = Client(way, lambda _: None)
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            return await renew_certificate(place, identity, client, proxy)
+            return await renew_certificate(place, identity, client, line)
     except TimeoutError as error:
         raise EnrolmentError(await asyncio.to_thread(why_unreachable, way)) from error
     finally:

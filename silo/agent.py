@@ -81,9 +81,8 @@ class Agent:
     ) -> None:
         self._home, self._config, self._identity = home, config, identity
         self._enrolment = enrolment
-        self._proxy = config.coordinator.proxy.get_secret_value()
         status = Status(home.status, config.site.name, enrolment.address)
-        client = Client(way_of(enrolment, identity, self._proxy), status.contact)
+        client = Client(way_of(enrolment, identity, config.coordinator), status.contact)
         heads = Heads(home.heads, identity.signing, config.site.name)
         self._tools = Tools(client, Worker(config.resources), status, config, heads)
         self._studies: dict[str, Running] = {}
@@ -265,7 +264,7 @@ class Agent:
     async def _keep_certificate(self) -> None:
         if datetime.now(UTC) >= self._enrolment.renewal_due():
             self._enrolment = await renew(
-                self._home, self._identity, self._tools.client, self._proxy
+                self._home, self._identity, self._tools.client, self._config.coordinator
             )
             log.info("certificate renewed", expires=self._enrolment.expires.isoformat())
             self._tools.status.certificate(self._enrolment.expires)

@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 # The largest that the coordinator takes: the cost of a message is more than that of its bytes.
 CHUNK_BYTES = 1 << 20
+KEEPALIVE_SECONDS = 60
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 10.0
 _CALL_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
 _FINAL = {
@@ -44,13 +45,15 @@ _FINAL = {
     grpc.StatusCode.UNIMPLEMENTED,
 }
 _OPTIONS = [
-    # Firewalls forget quiet connections: a ping a minute keeps the way open, without calls too.
-    ("grpc.keepalive_time_ms", 60_000),
+    # Firewalls forget quiet connections: pings keep the way open, without calls too.
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 10_000),
+    # A line that is reset loses what is under way; gRPC would let several chunks be.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 18),
 ]
 
 
@@ -64,6 +67,8 @@ class Way:
     key: bytes = field(repr=False)
     proxy: str = field(default="", repr=False)
     """URL of an HTTP proxy, with its password; "" = as https_proxy and no_proxy say."""
+    keepalive: int = KEEPALIVE_SECONDS
+    """Seconds of silence after which a ping is sent."""
 
     def channel(self) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(self.address, self._credentials, options=self._options)
@@ -78,7 +83,8 @@ class Way:
 
     @property
     def _options(self) -> list[tuple[str, Any]]:
-        return [*_OPTIONS, *([("grpc.http_proxy", self.proxy)] if self.proxy else [])]
+        ping = ("grpc.keepalive_time_ms", 1000 * self.keepalive)
+        return [*_OPTIONS, ping, *([("grpc.http_proxy", self.proxy)] if self.proxy else [])]
 
 
 class Client:

@@ -44,6 +44,9 @@ class Coordinator(Spec):
     """HTTP proxy, "http://proxy.example.org:3128", with user:password@ if it wants them; absent =
     as the environment's https_proxy and no_proxy say."""
 
+    keepalive: Annotated[int, Field(ge=10, le=600)] = 60
+    """Seconds of silence after which the line is pinged: fewer than a firewall forgets it in."""
+
     @field_validator("proxy")
     @classmethod
     def _is_proxy(cls, url: SecretStr) -> SecretStr:

@@ -133,7 +133,7 @@ def _way(place: SiloHome, config: SiloConfig) -> Iterator[Finding]:
         yield Finding("enrolment", "warning", str(error), "`concilium silo join TOKEN`")
         return
     yield _certificate(enrolment.expires, enrolment.renewal_due())
-    way = way_of(enrolment, identity, config.coordinator.proxy.get_secret_value())
+    way = way_of(enrolment, identity, config.coordinator)
     try:
         proxy = proxy_of(way.address, way.proxy)
         plain = dial(way.address, proxy)

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from protos.v1 import enrolment_pb2 as pb
 from silo.client import Client, Way
+from silo.config import Coordinator
 from silo.errors import EnrolmentError
 from silo.files import write_file, write_json
 from silo.home import SiloHome
@@ -28,6 +29,8 @@ from silo.identity import (
 )
 from silo.reach import Unreachable, dial, proxy_of, shake_hands
 from study.invitation import Invitation, InvitationError
+
+DIRECT = Coordinator()
 
 _ASK_SECONDS = 1.0
 _PERSISTENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -163,18 +166,21 @@ def _check_certificate(pem: bytes, identity: Identity, authority: bytes, site: s
         raise EnrolmentError("the study centre sent the certificate of another site: tell them")
 
 
-def way_of(enrolment: Enrolment, identity: Identity, proxy: str = "") -> Way:
-    """How an enrolled site dials in, through a proxy if site.toml names one."""
+def way_of(enrolment: Enrolment, identity: Identity, line: Coordinator = DIRECT) -> Way:
+    """How an enrolled site dials in: through a proxy, and kept open, as site.toml says."""
     return Way(
         enrolment.address,
         enrolment.authority_pem,
         enrolment.certificate_pem,
         identity.tls_pem,
-        proxy,
+        line.proxy.get_secret_value(),
+        line.keepalive,
     )
 
 
-async def renew(home: SiloHome, identity: Identity, client: Client, proxy: str = "") -> Enrolment:
+async def renew(
+    home: SiloHome, identity: Identity, client: Client, line: Coordinator = DIRECT
+) -> Enrolment:
     """A fresh certificate over the same key; the client's new calls use it, those under way end
     with the old one. Raises EnrolmentError for a certificate that cannot be used."""
     enrolment = load_enrolment(home)
@@ -182,5 +188,5 @@ async def renew(home: SiloHome, identity: Identity, client: Client, proxy: str =
     _check_certificate(pem, identity, enrolment.authority_pem, enrolment.site)
     write_file(home.certificates / "site.pem", pem)
     fresh = load_enrolment(home)
-    client.redial(way_of(fresh, identity, proxy))
+    client.redial(way_of(fresh, identity, line))
     return fresh

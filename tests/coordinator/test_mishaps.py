@@ -14,6 +14,7 @@ from coordinator import admin, sessions
 from coordinator.audit import verified
 from coordinator.config import Home
 from coordinator.store import Store, note
+from silo.client import Client, Way
 from tests.coordinator import postgres
 from tests.coordinator.agent import TestSilo, nothing
 from tests.coordinator.federation import Federation
@@ -112,6 +113,27 @@ async def test_lines_that_are_cut_when_idle_cost_nothing_but_a_new_call(tmp_path
         assert not any(silo.errors for silo in silos)
         for silo in silos:
             await silo.kill()
+        await proxy.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keepalive", "cut"), [(10, False), (60, True)])
+async def test_pings_keep_a_quiet_line_open_through_a_firewall_that_forgets_such(
+    tmp_path: Path, keepalive: int, cut: bool
+) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join("site-1")
+        made = federation.silos["site-1"].credentials
+        proxy, seen = Proxy(federation.address), list[str | None]()
+        await proxy.start()
+        proxy.patience = 13.0
+        way = Way(proxy.address, made.authority, made.certificate, made.key, keepalive=keepalive)
+        client = Client(way, seen.append)
+        task = await client.next_task("", 0, 25)  # nobody says a word for so long
+        assert task.WhichOneof("task") == "idle"
+        assert (proxy.cuts > 0) is cut
+        assert any(trouble is not None for trouble in seen) is cut
+        await client.close()
         await proxy.stop()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from coordinator import admin, results
 from coordinator.artifacts import Artifacts
@@ -79,12 +81,22 @@ async def until_cut(proxy: Proxy, call: Coroutine[Any, Any, None]) -> bool:
     return ended
 
 
-BUDGETS = [n * CHUNK_BYTES // 2 for n in (1, 2, 3, 7, 4)]
-"""After half a chunk, one, one and a half, three and a half, two."""
+# Half chunks after the last committed byte. "each" cuts a line at the end of each chunk, "inside"
+# in the middle of each but the first, "far" after several.
+WHERE = {"each": (2,), "inside": (3,), "far": (1, 7, 4)}
+anywhere = pytest.mark.parametrize("where", WHERE)
+# A line that dies silently lets what is under way arrive; one that is reset loses it.
+silently_or_reset = pytest.mark.parametrize("stall", [0.2, 0.0], ids=["silently", "reset"])
 
 
+def budgets(where: str) -> Iterator[int]:
+    return cycle(halves * CHUNK_BYTES // 2 for halves in WHERE[where])
+
+
+@anywhere
+@silently_or_reset
 async def test_an_upload_cut_at_chunks_and_inside_them_sends_at_most_one_chunk_again(
-    tmp_path: Path,
+    tmp_path: Path, where: str, stall: float
 ) -> None:
     async with about_to_upload(tmp_path) as (federation, silo, study):
         vector = silo.studies[study].vector
@@ -95,8 +107,9 @@ async def test_an_upload_cut_at_chunks_and_inside_them_sends_at_most_one_chunk_a
         spool, digest = Spool(Home(federation.home).spool), hashlib.sha256(content).digest()
         proxy = Proxy(federation.address)
         await proxy.start()
+        proxy.stall = stall
         committed, cuts, sent = 0, 0, 0
-        for budget in cycle(BUDGETS):
+        for budget in budgets(where):
             client = Client(way(federation, silo, proxy), lambda _: None)
             proxy.cut_after(HANDSHAKE + budget)
             ended = await until_cut(proxy, client.upload(study, 2, file, digest))
@@ -109,11 +122,15 @@ async def test_an_upload_cut_at_chunks_and_inside_them_sends_at_most_one_chunk_a
             assert again <= CHUNK_BYTES + 2 * HANDSHAKE, (cuts, again)
             committed, sent = now, proxy.total
         await proxy.stop()
-        assert cuts >= 5
+        assert cuts >= (5 if where == "far" else 10)
         assert spool.holds(study, 2, 1, digest, len(content))
 
 
-async def test_a_download_cut_anywhere_goes_on_with_the_byte_it_was_cut_at(tmp_path: Path) -> None:
+@anywhere
+@silently_or_reset
+async def test_a_download_cut_anywhere_fetches_at_most_one_chunk_again(
+    tmp_path: Path, where: str, stall: float
+) -> None:
     async with about_to_upload(tmp_path) as (federation, silo, study):
         place = Home(federation.home)
         content = os.urandom(10 * CHUNK_BYTES + 12345)
@@ -125,8 +142,9 @@ async def test_a_download_cut_anywhere_goes_on_with_the_byte_it_was_cut_at(tmp_p
         proxy, target = Proxy(federation.address), tmp_path / "model"
         partial = target.with_name("model.partial")
         await proxy.start()
+        proxy.stall = stall
         here, cuts, got = 0, 0, 0
-        for budget in cycle(BUDGETS):
+        for budget in budgets(where):
             client = Client(way(federation, silo, proxy), lambda _: None)
             proxy.cut_after(HANDSHAKE + budget, back=True)
             download = client.download(study, digest, target, at_most=size)
@@ -139,5 +157,5 @@ async def test_a_download_cut_anywhere_goes_on_with_the_byte_it_was_cut_at(tmp_p
             assert again <= CHUNK_BYTES + 2 * HANDSHAKE, (cuts, again)
             here, got = now, proxy.returned
         await proxy.stop()
-        assert cuts >= 5
+        assert cuts >= (5 if where == "far" else 9)
         assert target.read_bytes() == content
