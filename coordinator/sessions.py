@@ -232,7 +232,10 @@ class Session:
             log.info("session.step", study=name, session=number, phase=state.phase)
         if isinstance(state, core.Aborting) and moved:
             await self._tools.store.do(records.set_error, name, state.why)
-        self.bell.ring()
+        if moved:
+            # Only now does anybody get another request; else each of N messages would have N long
+            # polls look again.
+            self.bell.ring()
 
     def _advance(
         self, state: core.CoordinatorState, effects: Sequence[CoordinatorEffect], at: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,12 @@ async def test_pings_keep_a_quiet_line_open_through_a_firewall_that_forgets_such
         proxy.patience = 13.0
         way = Way(proxy.address, made.authority, made.certificate, made.key, keepalive=keepalive)
         client = Client(way, seen.append)
-        task = await client.next_task("", 0, 25)  # nobody says a word for so long
-        assert task.WhichOneof("task") == "idle"
+        answered = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(35):
+                await client.next_task("", 0, 25)  # nobody says a word for so long
+                answered = True
+        assert answered is not cut
         assert (proxy.cuts > 0) is cut
         assert any(trouble is not None for trouble in seen) is cut
         await client.close()
