@@ -59,10 +59,12 @@ class TrainRound(Order["RoundTrained"]):
     """Canonical TOML."""
     round: int
     silos: int
+    silo: int
+    """This one's index in the roster."""
     work: bytes
     """Canonical JSON of a RoundWork."""
     model: Path
-    """The input model: flat float32, little-endian."""
+    """The input model: flat float32, little-endian; its file is named by its SHA-256."""
     images: Path
     """uint8 .npy (n, c, h, w)."""
     count: int

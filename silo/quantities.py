@@ -85,6 +85,7 @@ class Quantities:
             log.info("vector kept from an earlier session", quantity=str(context.quantity))
             return vector
         (folder / "request.json").unlink(missing_ok=True)
+        self._forget_others(folder, context.model.hex())
         await self._compute(proposal, roster, artifacts, folder)
         write_json(folder / "request.json", request)
         return vector
@@ -111,6 +112,17 @@ class Quantities:
             # This round's input, the model evaluated before it: the next round brings its own.
             for artifact in self._study.artifacts.iterdir():
                 artifact.unlink(missing_ok=True)
+
+    def _forget_others(self, folder: Path, model: str) -> None:
+        """Vectors of this purpose and checkpoints that belong to other sessions: whoever proposes
+        round after round, from model after model, does not fill the disk."""
+        purpose = folder.name.rpartition("-")[0]
+        for other in folder.parent.glob(f"{purpose}-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        for checkpoint in self._study.work.glob(f"{purpose}-*.checkpoint"):
+            if model not in checkpoint.name:
+                checkpoint.unlink(missing_ok=True)
 
     async def count(self) -> int:
         """ñ: the coarse count of this site's images. Raises DataError where there are none."""
@@ -162,6 +174,7 @@ class Quantities:
             plan=self._plan.toml(),
             round=round,
             silos=silos,
+            silo=self._index,
             work=encode_work(work),
             model=model,
             images=images.file,
@@ -172,7 +185,7 @@ class Quantities:
             new_residual=folder / self._study.residual.name,
             control=self._study.control,
             new_control=folder / self._study.control.name,
-            checkpoint=self._study.work / f"round-{round}-{model.name[:16]}.checkpoint",
+            checkpoint=self._study.work / f"round-{round}-{model.name}.checkpoint",
         )
         done = await self._run(order)
         if done.fault:

@@ -70,6 +70,12 @@ class Encoding:
     silos, and each silo's rounding adds less than one: the N units held back keep the signed sum
     from wrapping. Stochastic rounding is unbiased; what was clipped or rounded away is handed
     back as a residual (error feedback, arXiv 1901.09847).
+
+    Silo i rounds ⌊x_i + u_i⌋ with a u_i that is uniform in [0, 1), but all of them are made from
+    one u (correlated quantisation, arXiv 2203.04925): u_i = u ⊕ c_i on its bits, with the points
+    c_1, c_3, … of van der Corput's sequence and their complements between them. With x_i of any
+    fraction ⌊x_i + u_i⌋ − x_i is u_i less something uniform, and each pair of u_i adds up to a
+    constant: the variance of the sum is N/12 (for odd N, (N + 1)/12), not N/6.
     """
 
     ring: Ring
@@ -137,18 +143,21 @@ class Encoding:
         count: int,
         loss: float,
         key: bytes,
+        silo: int = 1,
         consume: bool = False,
     ) -> Encoded:
         """Encode delta + residual (both float32 [n]) for a silo with coarse count ñ_i = `count`.
 
-        `key` is 32 fresh random bytes; the roundings are a function of it (ChaCha20, RFC 8439).
+        `key` is 32 bytes, the same for all silos of a sum and different ones for each sum: u is a
+        function of it (ChaCha20, RFC 8439). `silo` is i, the roster index, 1 … N. No secret rests
+        on either.
         `loss` enters the tail weighted by w_i, in steps of 2^-24, limited to [0, 2^16). `residual`
         is not changed: a caller whose vector was dropped from the sum goes on with the one it
         already has. With `consume` the new residual takes the memory of `delta`, whose values are
         lost; else `delta` is not changed either.
 
         A delta (or loss) with NaN or Inf gives zeros with the fault counter at 1.
-        Raises ValueError for wrong shapes or dtypes and for a count outside 1 … Σñ.
+        Raises ValueError for wrong shapes or dtypes and for a count or silo out of range.
         """
         n = sum(self.sizes)
         for name, array in (("delta", delta), ("residual", residual)):
@@ -158,10 +167,13 @@ class Encoding:
             raise ValueError(
                 f"count = {count} is outside 1 … {self.total_count}, the census' total"
             )
+        if not 1 <= silo <= self.silos:
+            raise ValueError(f"silo = {silo} is outside 1 … {self.silos}")
         vector = np.empty(self.length, dtype=WORD[self.ring])
         carried = delta if consume else np.empty(n, dtype=np.float32)
         words = vector[:n].view(_SIGNED[self.ring])
-        saturated = self._round(delta, residual, words, carried, count=count, key=key)
+        dither = _Dither(key, self._real, silo)
+        saturated = self._round(delta, residual, words, carried, count=count, random=dither)
         weighted = loss * count / self.total_count
         if saturated is None or not math.isfinite(weighted):
             fault = self.zeros()
@@ -198,7 +210,7 @@ class Encoding:
         carried: NDArray[np.float32],
         *,
         count: int,
-        key: bytes,
+        random: _Dither,
     ) -> int | None:
         """Fill `words` and `carried`; how many were clipped, None where one was not finite."""
         real, share = self._real, count * self.scale / self.total_count
@@ -207,7 +219,6 @@ class Encoding:
             [[share / clip for clip in self.clips], [clip / share for clip in self.clips]],
             dtype=real,
         )  # δ → q, and back
-        random = _Dither(key, real)
         buffers = np.empty((2, _CHUNK), dtype=real)
         in_place = real is np.float32  # then the sum needs no memory but the residual's
         saturated = 0
@@ -256,17 +267,21 @@ class Encoding:
 
 
 class _Dither:
-    """Uniform multiples of 2^-16 (float32) or 2^-32 (float64) in [0, 1), by ChaCha20."""
+    """Uniform multiples of 2^-16 (float32) or 2^-32 (float64) in [0, 1): ChaCha20 ⊕ c of `silo`."""
 
-    def __init__(self, key: bytes, real: type[np.float32] | type[np.float64]) -> None:
+    def __init__(self, key: bytes, real: type[np.float32] | type[np.float64], silo: int) -> None:
         self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
         self._raw = np.empty(_CHUNK, dtype="<u2" if real is np.float32 else "<u4")
-        self._zeros = bytes(self._raw.nbytes)
-        self._step = real(2.0 ** (-8 * self._raw.itemsize))
+        bits = 8 * self._raw.itemsize
+        point = int(f"{(silo - 1) // 2:0{bits}b}"[::-1], 2)
+        point = point if silo % 2 else point ^ (1 << bits) - 1
+        # Encrypting it adds it to the keystream, at no cost.
+        self._plain = np.full(_CHUNK, point, dtype=self._raw.dtype).tobytes()
+        self._step = real(2.0**-bits)
         self._out = np.empty(_CHUNK, dtype=real)
 
     def next(self, n: int) -> NDArray[Any]:
-        self._stream.update_into(self._zeros, self._raw.data.cast("B"))
+        self._stream.update_into(self._plain, self._raw.data.cast("B"))
         np.copyto(self._out, self._raw)  # casting on the way into multiply would take twice as long
         self._out *= self._step
         return self._out[:n]

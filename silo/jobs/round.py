@@ -9,7 +9,6 @@ With a control variate (study/strategies/scaffold.py) the input is [θ; c], and 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,5 +173,19 @@ def _save(path: Path, array: Vector) -> None:
 def _encode(order: TrainRound, work: RoundWork, plan: Plan, delta: Vector, loss: float) -> Encoded:
     encoding = delta_encoding(work, order.silos, plan.secure_sum.ring)
     residual = np.load(order.residual) if order.residual.exists() else np.zeros_like(delta)
-    key = os.urandom(32)
-    return encoding.encode(delta, residual, count=order.count, loss=loss, key=key, consume=True)
+    return encoding.encode(
+        delta,
+        residual,
+        count=order.count,
+        loss=loss,
+        key=rounding_key(order),
+        silo=order.silo,
+        consume=True,
+    )
+
+
+def rounding_key(order: TrainRound) -> bytes:
+    """The same at all silos of a round: by its work and its input model, which has the digest that
+    is its file's name."""
+    parts = b"concilium/rounding", order.work, order.model.name.encode()
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

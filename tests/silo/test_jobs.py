@@ -70,6 +70,7 @@ def order(tmp_path: Path, images: Path) -> TrainRound:
         plan=PLAN.toml(),
         round=1,
         silos=4,
+        silo=2,
         work=encode_work(work),
         model=tmp_path / "model",
         images=images,
@@ -105,7 +106,7 @@ def test_a_round_encodes_the_weighted_delta_and_keeps_what_is_left_over(
     assert decoded.loss == pytest.approx(done.loss / 2, abs=1e-6), "weight 20 of 40"
     # What is encoded and what is carried make up the delta, element by element.
     delta = 2 * decoded.mean_delta + np.load(order.new_residual)
-    again = replace(order, vector=tmp_path / "v2", new_residual=tmp_path / "n2.npy")
+    again = replace(order, silo=3, vector=tmp_path / "v2", new_residual=tmp_path / "n2.npy")
     train_round(again, progress)
     other = 2 * encoding.decode(np.fromfile(again.vector, "<u2")).mean_delta
     assert np.allclose(delta, other + np.load(again.new_residual), atol=1e-6)

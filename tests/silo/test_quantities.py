@@ -157,6 +157,17 @@ async def test_a_session_that_is_tried_again_sums_the_very_same_vector(place: Pl
     assert place.worker.count(TrainRound) == 2
 
 
+async def test_what_was_computed_for_other_proposals_does_not_pile_up(place: Place) -> None:
+    for round, model in ((1, b"m" * 32), (2, b"n" * 32), (3, b"n" * 32)):
+        (place.study.work / f"round-{round}-{model.hex()}.checkpoint").touch()
+        await place.prepare(context_of(ROUND, round, session=round, model=model), ROUND)
+    await place.prepare(context_of(CensusWork(), session=4), CensusWork())
+    folders = {folder.name for folder in (place.study.path / "vectors").iterdir()}
+    assert folders == {"round-3", "census-1"}
+    left = {path.name for path in place.study.work.glob("*.checkpoint")}
+    assert left == {f"round-{r}-{(b'n' * 32).hex()}.checkpoint" for r in (2, 3)}
+
+
 async def test_the_residual_is_replaced_only_by_an_outcome_that_includes_us(place: Place) -> None:
     def trained(round: int) -> SessionContext:
         return context_of(ROUND, round, session=round, model=bytes([round]) * 32)
