@@ -5,57 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secagg import coordinator, silo
+from secagg import coordinator
 from secagg.certificate import Certificate
 from secagg.context import Quantity
-from secagg.errors import InvalidParameters, Reason, Refused, SecAggError, UnexpectedEvent
+from secagg.errors import InvalidParameters, Reason, Refused
 from secagg.events import (
     Adverts,
-    Confirmations,
-    GiveUp,
     Headers,
     Open,
-    Received,
     Settle,
     SiloEvent,
-    Survivors,
 )
-from secagg.messages import Confirm, Header, Parcel, Signed, Step
-from secagg.primitives import digest
+from secagg.messages import Parcel, Signed, Step
 from secagg.roster import Member, Roster
+from tests.secagg.refusal import forged, headers_of, refused, request, run_until
 from tests.secagg.world import World, make_context, make_roster, make_world
 
 Tamper = Callable[[World, SiloEvent], SiloEvent]
-
-
-def run_until(world: World, phase: type[coordinator.CoordinatorState]) -> None:
-    world.pump(lambda _: not isinstance(world.session, phase))
-    assert isinstance(world.session, phase)
-
-
-def refused(world: World, index: int, event: SiloEvent) -> Reason:
-    """The silo must refuse and stay exactly as it was, with nothing written and nothing sent."""
-    site = world.silos[index]
-    before, entries = site.state, len(site.disk)
-    with pytest.raises(Refused) as caught:
-        site.deliver(event)
-    assert site.state is before
-    assert len(site.disk) == entries
-    return caught.value.reason
-
-
-def forged(message: Signed) -> Signed:
-    return replace(message, signature=bytes(64))
-
-
-def request(world: World, index: int) -> SiloEvent:
-    event = world.session.request_for(index)
-    assert event is not None
-    return event
 
 
 # --- step 0
@@ -197,13 +166,6 @@ def test_an_advert_of_an_older_session_is_refused() -> None:
 # --- step 2
 
 
-def headers_of(world: World, index: int) -> Headers:
-    run_until(world, coordinator.Collecting)
-    event = request(world, index)
-    assert isinstance(event, Headers)
-    return event
-
-
 def test_headers_must_be_signed_above_threshold_and_of_silos_that_advertised() -> None:
     world = make_world(5)
     event = headers_of(world, 2)
@@ -289,210 +251,3 @@ def test_split_views_at_sharing_are_noticed_before_any_mask() -> None:
     parcels = {i: sent.parcels[2] for i, sent in ((1, narrow), (3, wide[1]), (4, wide[2]))}
     parcels[5] = wide[3].parcels[2]
     assert refused(world, 2, Headers(headers, parcels)) is Reason.TRANSCRIPT_MISMATCH
-
-
-# --- steps 3 and 4
-
-
-def test_survivors_must_be_ours_include_us_and_reach_the_threshold() -> None:
-    world = make_world(5)
-    world.kill(5)
-    world.pump()
-    world.deadline()
-    run_until(world, coordinator.Confirming)
-    cases = [
-        ((1, 2, 3, 5), Reason.NOT_A_SUBSET),
-        ((1, 2, 3, 4, 9), Reason.NOT_A_SUBSET),
-        ((1, 3, 4), Reason.SELF_NOT_INCLUDED),
-        ((2, 3, 4), Reason.BELOW_THRESHOLD),
-        ((2, 1, 3, 4), Reason.NOT_ASCENDING),
-        ((1, 1, 2, 3, 4), Reason.NOT_ASCENDING),
-    ]
-    for survivors, reason in cases:
-        assert refused(world, 2, Survivors(survivors)) is reason
-
-
-def test_a_second_survivor_set_is_refused_also_after_a_restart() -> None:
-    world = make_world(5)
-    run_until(world, coordinator.Confirming)
-    world.silos[2].deliver(Survivors((1, 2, 3, 4, 5)))
-    assert refused(world, 2, Survivors((1, 2, 3, 4))) is Reason.SECOND_VIEW
-    world.silos[2].restart()
-    assert refused(world, 2, Survivors((1, 2, 3, 4))) is Reason.SECOND_VIEW
-
-
-def test_a_reservation_is_summed_over_its_own_silos_only() -> None:
-    world = make_world(5, ring=32)
-    world.reserve((1, 2, 3, 4))
-    assert refused(world, 5, Open(world.session.context)) is Reason.SELF_NOT_INCLUDED
-    run_until(world, coordinator.Confirming)
-    assert world.session.request_for(5) is None
-    assert refused(world, 1, Survivors((1, 2, 3))) is Reason.BELOW_THRESHOLD
-    world = make_world(6, ring=32)
-    world.reserve((1, 2, 3, 4, 5, 6))
-    run_until(world, coordinator.Confirming)
-    assert refused(world, 1, Survivors((1, 2, 3, 4, 5))) is Reason.WRONG_SURVIVORS
-
-
-def test_unmask_before_confirm_is_refused() -> None:
-    world = make_world(4)
-    run_until(world, coordinator.Confirming)
-    confirmations = tuple(
-        world.silos[i].deliver(Survivors((1, 2, 3, 4)))[0].message for i in (2, 3, 4)
-    )
-    with pytest.raises(UnexpectedEvent):
-        world.silos[1].deliver(Confirmations(confirmations))
-
-
-def test_confirmations_must_be_enough_genuine_and_of_exactly_our_set() -> None:
-    world = make_world(5)
-    run_until(world, coordinator.Unmasking)
-    event = request(world, 1)
-    assert isinstance(event, Confirmations)
-    m = event.messages
-    ctx = world.session.context.digest
-    theirs = Confirm.decode(m[4].body)
-    other_set = world.silos[5].party.sign(
-        Step.CONFIRM, ctx, replace(theirs, survivors=(1, 2, 3, 5)).encode()
-    )
-    other_t2 = world.silos[5].party.sign(Step.CONFIRM, ctx, replace(theirs, t2=bytes(32)).encode())
-    cases = [
-        (m[:3], Reason.BELOW_THRESHOLD),
-        ((*m[:4], forged(m[4])), Reason.BAD_SIGNATURE),
-        ((*m[:4], m[3]), Reason.DUPLICATE_SENDER),
-        ((*m[:4], other_set), Reason.TRANSCRIPT_MISMATCH),
-        ((*m[:4], other_t2), Reason.TRANSCRIPT_MISMATCH),
-        ((*m[:4], replace(m[4], sender=7)), Reason.NOT_IN_ROSTER),
-    ]
-    for messages, reason in cases:
-        assert refused(world, 1, Confirmations(messages)) is reason
-
-
-def test_overlapping_alive_and_dropped_sets_cannot_be_expressed() -> None:
-    """Flower's SecAgg+ flaw: there the server names both sets. Here a silo derives them from the
-    one set that it confirmed, so no silo gives both shares of anybody."""
-    from secagg.messages import Unmask
-
-    world = make_world(5)
-    run_until(world, coordinator.Collecting)
-    world.kill(5)
-    run_until(world, coordinator.Collecting)
-    world.pump()
-    world.deadline()
-    run_until(world, coordinator.Unmasking)
-    sent = world.silos[1].deliver(request(world, 1))
-    unmask = Unmask.decode(sent[0].message.body)
-    owners_b = {owner for owner, _ in unmask.shares_b}
-    owners_r = {owner for owner, _ in unmask.shares_r}
-    assert owners_b == {1, 2, 3, 4}
-    assert owners_r == {5}
-
-
-def test_unmask_and_abort_exclude_each_other_also_across_restarts() -> None:
-    world = make_world(4)
-    run_until(world, coordinator.Unmasking)
-    ctx = world.session.context.digest
-    event = request(world, 1)
-    world.silos[1].deliver(event)
-    assert refused(world, 1, GiveUp(ctx)) is Reason.ALREADY_UNMASKED
-    world.silos[1].restart()
-    assert refused(world, 1, GiveUp(ctx)) is Reason.ALREADY_UNMASKED
-
-    world.silos[2].deliver(GiveUp(ctx))
-    with pytest.raises(SecAggError):
-        world.silos[2].deliver(event)
-    world.silos[2].restart()
-    with pytest.raises(SecAggError):
-        world.silos[2].deliver(event)
-
-
-def test_an_abort_signed_beforehand_keeps_the_session_from_ever_opening() -> None:
-    world = make_world(4)
-    world.silos[1].deliver(GiveUp(world.session.context.digest))
-    assert refused(world, 1, Open(world.session.context)) is Reason.ALREADY_ABORTED
-
-
-def test_a_restarted_silo_without_keys_answers_nothing_but_abort() -> None:
-    world = make_world(4)
-    run_until(world, coordinator.Confirming)
-    event = request(world, 1)
-    world.silos[1].restart()
-    assert isinstance(world.silos[1].state, silo.Lost)
-    assert refused(world, 1, event) is Reason.KEYS_LOST
-    sent = world.silos[1].deliver(GiveUp(world.session.context.digest))
-    assert sent[0].message.step is Step.ABORT
-
-
-@pytest.mark.parametrize("tamper", ["few", "forged", "mixed", "outside", "other"])
-def test_certificates_are_checked(tamper: str) -> None:
-    world = make_world(5)
-    world.pump()
-    assert isinstance(world.session, coordinator.Summed)
-    good = world.session.certificate
-    m = good.messages
-    theirs = Confirm.decode(m[4].body)
-    other = world.silos[5].party.sign(
-        Step.CONFIRM, good.context, replace(theirs, survivors=(1, 2, 3, 5)).encode()
-    )
-    bad = {
-        "few": replace(good, messages=m[:3]),
-        "forged": replace(good, messages=(*m[:4], forged(m[4]))),
-        "mixed": replace(good, messages=(*m[:4], other)),
-        "outside": replace(good, kind=Step.ABORT),
-        "other": replace(good, context=bytes(32)),
-    }[tamper]
-    assert refused(world, 1, Settle(bad)) is Reason.BAD_CERTIFICATE
-
-
-def test_a_dealer_whose_seed_does_not_follow_from_its_root_is_found_when_it_drops() -> None:
-    """Its receivers mask with the bad seed and agree; restoring r gives another one."""
-    from secagg import keys
-    from secagg.primitives import Secret
-
-    world = make_world(4)
-    run_until(world, coordinator.Sharing)
-    cheat = world.silos[1]
-    original = keys.pair_seed
-    keys.pair_seed = lambda *_: Secret(b"z" * 32)
-    try:
-        for sent in cheat.deliver(request(world, 1)):
-            world.feed(Received(sent.message, sent.parcels))
-    finally:
-        keys.pair_seed = original
-    run_until(world, coordinator.Collecting)
-    world.kill(1)
-    world.pump()
-    world.deadline()
-    world.pump()
-    assert world.sum is None
-    assert world.ended is not None
-    assert world.ended.accused == 1
-
-
-def test_a_tampered_upload_list_never_yields_a_wrong_sum_in_silence() -> None:
-    world = make_world(4)
-    run_until(world, coordinator.Collecting)
-    sent = world.silos[1].deliver(request(world, 1))
-    message = sent[-1].message
-    with pytest.raises(Refused):
-        world.feed(Received(forged(message)))
-    world.feed(Received(message))
-    world.pump()
-    assert world.sum is not None
-    np.testing.assert_array_equal(world.sum, world.expected([1, 2, 3, 4]))
-
-
-def test_a_ciphertext_that_its_dealer_signed_for_but_nobody_can_open_names_the_dealer() -> None:
-    world = make_world(4)
-    event = headers_of(world, 4)
-    theirs = event.parcels[2]
-    header = Header.decode(event.messages[0].body)
-    entry = header.to(4)._replace(
-        mailbox_parcel=digest("parcel", theirs.mailbox),
-        seed_parcel=digest("parcel", theirs.seed),
-    )
-    lie = replace(header, dealt=(*header.dealt[:3], entry))
-    signed = world.silos[1].party.sign(Step.SHARE, world.session.context.digest, lie.encode())
-    with pytest.raises(Refused) as caught:
-        world.silos[4].deliver(Headers((signed, *event.messages[1:]), {**event.parcels, 1: theirs}))
-    assert (caught.value.reason, caught.value.accused) == (Reason.BAD_CIPHERTEXT, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64decode
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ from tests.secagg import spec
 from tests.secagg.spec import H, blob, bound, items, u
 from tests.secagg.world import World
 from tests.vectors.generate import FOLDER, SCENARIOS, stream, world_of
+
+
+def sha(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def text(s: str) -> bytes:
+    return blob(s.encode())
+
 
 SESSIONS = {s.name: json.loads((FOLDER / f"{s.name}.json").read_text()) for s in SCENARIOS}
 INVALID = json.loads((FOLDER / "invalid.json").read_text())
@@ -150,104 +160,160 @@ class Page:
         return spec.hpke_open(*self.mask[:2], b64decode(parcel["seed"]), info)
 
 
+@dataclass
+class Whole:
+    """A session computed from the page: everything that all silos say, and the sum."""
+
+    session: dict[str, Any]
+    ring: int
+    silos: dict[int, Page]
+    inputs: dict[int, list[int]] = field(default_factory=dict)
+    masked: dict[int, bytes] = field(default_factory=dict)
+    t1: bytes = b""
+    t2: bytes = b""
+
+    @classmethod
+    def of(cls, name: str) -> Whole:
+        session = SESSIONS[name]
+        silos = {silo["index"]: Page(session, silo) for silo in session["silos"]}
+        return cls(session, int(name.rsplit("-", 1)[1]), silos)
+
+    @property
+    def ctx(self) -> bytes:
+        return bytes.fromhex(self.session["ctx"])
+
+    @property
+    def t(self) -> int:
+        return 2 * len(self.silos) // 3 + 1
+
+    @property
+    def u3(self) -> list[int]:
+        return [i for i, page in self.silos.items() if "masked_input" in page.silo]
+
+    @property
+    def dropped(self) -> list[int]:
+        return [i for i in self.silos if i not in self.u3]
+
+    def check_context(self) -> None:
+        n, t, session = len(self.silos), self.t, self.session
+        c = min(2 * t - n - 1, t - 2)
+        members = (
+            text(f"site-{i}") + blob(page.identity.public_key().public_bytes_raw())
+            for i, page in self.silos.items()
+        )
+        roster = text("vectors") + u(32, 1) + u(16, t) + u(16, c) + items(members)
+        assert roster.hex() == session["roster"]
+        assert H("roster", roster).hex() == session["roster_digest"]
+        context = (
+            text("vectors") + u(32, 1) + blob(H("roster", roster)) + u(16, n) + u(16, t) + u(16, c)
+            + u(64, 1) + text("round") + u(32, 1) + blob(sha(b"plan")) + blob(sha(b"model"))
+            + u(8, self.ring) + u(64, 5) + blob(sha(b"encoding")) + blob(bytes(32)) + items([])
+            + blob(bytes(32))
+        )  # fmt: skip
+        assert context.hex() == session["context"]
+        assert H("context", context) == self.ctx
+
+    def check_dealing(self) -> None:
+        adverts = {i: page.advert() for i, page in self.silos.items()}
+        self.t1 = H("T1", self.ctx, *adverts.values())
+        everybody = list(self.silos)
+        headers = {i: p.share(self.t1, everybody, self.t) for i, p in self.silos.items()}
+        self.t2 = H("T2", self.t1, *headers.values())
+        for i, page in self.silos.items():
+            silo = page.silo
+            assert b64decode(silo["advertise"]) == adverts[i]
+            assert b64decode(silo["share"]) == headers[i]
+            assert silo["shares_b"] == {str(j): s[0].hex() for j, s in page.shares.items()}
+            assert silo["pair_seeds"] == {str(j): s.hex() for j, s in page.seeds.items()}
+
+    def check_inputs(self) -> None:
+        ctx, ring = self.ctx, self.ring
+        for i in self.u3:
+            page = self.silos[i]
+            silo, values = page.silo, spec.elements(page.input[: 5 * ring // 8], ring)
+            self.inputs[i] = values
+            assert spec.vector(values, ring).hex() == silo["input"]
+            values = spec.added(values, spec.self_mask(page.b, ctx, self.t2, i), 1, ring)
+            for j, other in self.silos.items():
+                if j == i:
+                    continue
+                seed = page.opens(other) or page.seeds[j]
+                key = spec.pair_mask(seed, ctx, self.t2, i, j)
+                assert silo["pair_mask_keys"][str(j)] == key.hex()
+                values = spec.added(values, key, 1 if i < j else -1, ring)
+            masked = self.masked[i] = spec.vector(values, ring)
+            assert masked.hex() == silo["masked"]
+            body = blob(self.t2) + blob(sha(masked)) + u(64, len(masked))
+            assert b64decode(silo["masked_input"]) == page.says(2, body)
+
+    def check_abort(self) -> None:
+        aborts = [page.says(5, b"") for page in self.silos.values() if "abort" in page.silo]
+        certificate = u(8, 2) + blob(self.ctx) + items(aborts)
+        assert b64decode(self.session["certificate"]) == certificate
+
+    def check_confirmations(self) -> None:
+        said = blob(self.t2) + items(u(16, i) for i in self.u3)
+        confirms = {i: self.silos[i].says(3, said + blob(sha(self.masked[i]))) for i in self.u3}
+        for i, confirm in confirms.items():
+            assert b64decode(self.silos[i].silo["confirm"]) == confirm
+        certificate = u(8, 1) + blob(self.ctx) + items(confirms.values())
+        assert b64decode(self.session["certificate"]) == certificate
+
+    def released(self) -> dict[int, tuple[dict[int, bytes], dict[int, bytes]]]:
+        """Who unmasked → its shares of b and of r."""
+        found = {}
+        for i in self.u3:
+            if "unmask" not in self.silos[i].silo:
+                continue
+            of_b = {j: self.silos[j].shares[i][0] for j in self.u3}
+            of_r = {j: self.silos[j].shares[i][1] for j in self.dropped}
+            body = b"".join(
+                items(u(16, j) + blob(s) for j, s in shares.items()) for shares in (of_b, of_r)
+            )
+            assert b64decode(self.silos[i].silo["unmask"]) == self.silos[i].says(4, body)
+            found[i] = (of_b, of_r)
+        return found
+
+    def check_sum(self) -> None:
+        ctx, ring, released = self.ctx, self.ring, self.released()
+        chosen = list(released)[: self.t]
+        assert len(chosen) == self.t
+        total = [0] * 5
+        for i in self.u3:
+            words = spec.elements(self.masked[i], ring)
+            total = [a + b for a, b in zip(total, words, strict=True)]
+            b = spec.restore({x: released[x][0][i] for x in chosen})
+            total = spec.added(total, spec.self_mask(b, ctx, self.t2, i), -1, ring)
+        for d in self.dropped:
+            r = spec.restore({x: released[x][1][d] for x in chosen})
+            assert r == self.silos[d].r
+            for i in self.u3:
+                total = spec.added(total, self.left_by(d, i, r), -1 if i < d else 1, ring)
+        assert spec.vector(total, ring).hex() == self.session["sum"]
+        plain = [sum(column) for column in zip(*self.inputs.values(), strict=True)]
+        assert spec.vector(plain, ring) == spec.vector(total, ring)
+
+    def left_by(self, d: int, i: int, r: bytes) -> bytes:
+        """The mask of the pair of survivor `i` and the silo `d` that was dropped."""
+        low, high = min(i, d), max(i, d)
+        dealer = self.silos[d]
+        seed = spec.pair_seed(r, self.ctx, self.t1, d, i) if d == low else None
+        seed = seed or dealer.opens(self.silos[i])
+        assert seed is not None
+        return spec.pair_mask(seed, self.ctx, self.t2, low, high)
+
+
 @pytest.mark.parametrize("name", SESSIONS)
 def test_the_page_alone_gives_the_recorded_session(name: str) -> None:
-    session = SESSIONS[name]
-    ctx = bytes.fromhex(session["ctx"])
-    ring = int(name.rsplit("-", 1)[1])
-    silos = {silo["index"]: Page(session, silo) for silo in session["silos"]}
-    n = len(silos)
-    t = 2 * n // 3 + 1
-    c = min(2 * t - n - 1, t - 2)
-
-    def text(s: str) -> bytes:
-        return blob(s.encode())
-
-    members = (
-        text(f"site-{i}") + blob(page.identity.public_key().public_bytes_raw())
-        for i, page in silos.items()
-    )
-    roster = text("vectors") + u(32, 1) + u(16, t) + u(16, c) + items(members)
-    assert roster.hex() == session["roster"]
-    assert H("roster", roster).hex() == session["roster_digest"]
-    sha = lambda s: hashlib.sha256(s).digest()  # noqa: E731
-    context = (
-        text("vectors") + u(32, 1) + blob(H("roster", roster)) + u(16, n) + u(16, t) + u(16, c)
-        + u(64, 1) + text("round") + u(32, 1) + blob(sha(b"plan")) + blob(sha(b"model"))
-        + u(8, ring) + u(64, 5) + blob(sha(b"encoding")) + blob(bytes(32)) + items([])
-        + blob(bytes(32))
-    )  # fmt: skip
-    assert context.hex() == session["context"]
-    assert H("context", context) == ctx
-
-    everybody = list(silos)
-    adverts = {i: page.advert() for i, page in silos.items()}
-    t1 = H("T1", ctx, *adverts.values())
-    headers = {i: page.share(t1, everybody, t) for i, page in silos.items()}
-    t2 = H("T2", t1, *headers.values())
-    u3 = [i for i, page in silos.items() if "masked_input" in page.silo]
-    dropped = [i for i in everybody if i not in u3]
-    inputs, masked = {}, {}
-    for i, page in silos.items():
-        silo = page.silo
-        assert b64decode(silo["advertise"]) == adverts[i]
-        assert b64decode(silo["share"]) == headers[i]
-        assert silo["shares_b"] == {str(j): s[0].hex() for j, s in page.shares.items()}
-        assert silo["pair_seeds"] == {str(j): s.hex() for j, s in page.seeds.items()}
-        if i not in u3:
-            continue
-        inputs[i] = spec.elements(page.input[: 5 * ring // 8], ring)
-        assert spec.vector(inputs[i], ring).hex() == silo["input"]
-        values = spec.added(inputs[i], spec.self_mask(page.b, ctx, t2, i), 1, ring)
-        for j, other in silos.items():
-            if j == i:
-                continue
-            seed = page.opens(other) or page.seeds[j]
-            key = spec.pair_mask(seed, ctx, t2, i, j)
-            assert silo["pair_mask_keys"][str(j)] == key.hex()
-            values = spec.added(values, key, 1 if i < j else -1, ring)
-        masked[i] = spec.vector(values, ring)
-        assert masked[i].hex() == silo["masked"]
-        body = blob(t2) + blob(sha(masked[i])) + u(64, len(masked[i]))
-        assert b64decode(silo["masked_input"]) == page.says(2, body)
-
-    if not session["sum"]:
-        aborts = [page.says(5, b"") for page in silos.values() if "abort" in page.silo]
-        assert b64decode(session["certificate"]) == u(8, 2) + blob(ctx) + items(aborts)
+    whole = Whole.of(name)
+    whole.check_context()
+    whole.check_dealing()
+    whole.check_inputs()
+    if not whole.session["sum"]:
+        whole.check_abort()
         return
-    u3_set = items(u(16, i) for i in u3)
-    confirms = {i: silos[i].says(3, blob(t2) + u3_set + blob(sha(masked[i]))) for i in u3}
-    assert b64decode(session["certificate"]) == u(8, 1) + blob(ctx) + items(confirms.values())
-    released: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
-    for i in u3:
-        assert b64decode(silos[i].silo["confirm"]) == confirms[i]
-        of_b = {j: silos[j].shares[i][0] for j in u3}
-        of_r = {j: silos[j].shares[i][1] for j in dropped}
-        body = b"".join(
-            items(u(16, j) + blob(s) for j, s in shares.items()) for shares in (of_b, of_r)
-        )
-        if "unmask" in silos[i].silo:
-            assert b64decode(silos[i].silo["unmask"]) == silos[i].says(4, body)
-            released[i] = (of_b, of_r)
-    chosen = list(released)[:t]
-    assert len(chosen) == t
-    total = [0] * 5
-    for i in u3:
-        total = [a + b for a, b in zip(total, spec.elements(masked[i], ring), strict=True)]
-        b = spec.restore({x: released[x][0][i] for x in chosen})
-        total = spec.added(total, spec.self_mask(b, ctx, t2, i), -1, ring)
-    for d in dropped:
-        r = spec.restore({x: released[x][1][d] for x in chosen})
-        assert r == silos[d].r
-        for i in u3:
-            low, high = min(i, d), max(i, d)
-            seed = spec.pair_seed(r, ctx, t1, d, i) if d == low else silos[d].opens(silos[i])
-            assert seed is not None
-            key = spec.pair_mask(seed, ctx, t2, low, high)
-            total = spec.added(total, key, -1 if i == low else 1, ring)
-    assert spec.vector(total, ring).hex() == session["sum"]
-    plain = [sum(column) for column in zip(*(inputs[i] for i in u3), strict=True)]
-    assert spec.vector(plain, ring) == spec.vector(total, ring)
+    whole.check_confirmations()
+    whole.check_sum()
 
 
 # --- what must be refused
