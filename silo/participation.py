@@ -18,18 +18,12 @@ from secagg.certificate import Certificate
 from secagg.context import Quantity, SessionContext
 from secagg.errors import MalformedMessage, Refused, UnexpectedEvent
 from secagg.events import (
-    Adverts,
-    Confirmations,
-    GiveUp,
-    Headers,
     Open,
     Send,
     Settle,
-    SiloEvent,
-    Survivors,
 )
 from secagg.ledger import History
-from secagg.messages import MaskedInput, Parcel, Signed, Step
+from secagg.messages import MaskedInput, Step
 from secagg.silo import SiloParty
 from silo import failpoints
 from silo.client import Client
@@ -53,6 +47,7 @@ from silo.proposal import Artifact, Pinned, Proposal, check_open
 from silo.protocol import Protocol
 from silo.quantities import Quantities
 from silo.status import Status
+from silo.wire import event_of, submission_of
 from silo.worker import Progress, Worker
 from study.memory import give_back
 
@@ -65,6 +60,8 @@ _REFUSED = (Refused, ProposalRefused, UnexpectedEvent, MalformedMessage)
 # What may be different the next time: a session that is over, a full disk.
 _PASSING = (RefusedByCoordinator, SessionOver, OSError)
 _MOST_REFUSALS = 1000
+# Each takes an entry of the ledger here, and costs whoever proposes it nothing.
+_MOST_SESSIONS = 1 << 16
 _POINTS = {
     Step.ADVERTISE: "after-advertise",
     Step.SHARE: "after-share",
@@ -193,6 +190,8 @@ class Participation:
             sends = await asyncio.to_thread(self._protocol.handle, Open(under_way))
             return await self._send(task, sends)
         self._check_consent()
+        if len(self._protocol.history.sessions) >= _MOST_SESSIONS:
+            raise ProposalRefused(f"this site has opened {_MOST_SESSIONS} sessions of the study")
         proposal = check_open(task.session, task.open, self._pinned())
         self._protocol.history.check_open(proposal.context)
         context = proposal.context
@@ -200,6 +199,7 @@ class Participation:
         self._show(
             session=context.session, quantity=str(context.quantity), phase="open", trouble=None
         )
+        self._forget_others(proposal)
         prepared = self._quantities.prepare(
             proposal,
             self.terms.roster,
@@ -258,13 +258,16 @@ class Participation:
             self._counted(),
             self._total(),
             self._outcomes.tags(self._protocol.history),
+            any(quantity.purpose == "images" for quantity in self._summed()),
         )
 
     def _counted(self) -> bool:
-        census = Quantity("census", self.terms.roster.epoch)
+        return Quantity("census", self.terms.roster.epoch) in self._summed()
+
+    def _summed(self) -> set[Quantity]:
+        """What this site is in a sum of."""
         records = self._protocol.history.sessions.values()
-        ended = [r.settled for r in records if r.context.quantity == census]
-        return any(settled is not None and settled.included for settled in ended)
+        return {r.context.quantity for r in records if r.settled and r.settled.included}
 
     def _total(self) -> int | None:
         stored = read_json(self._study.total)
@@ -277,6 +280,13 @@ class Participation:
         if total is not None and self._total() is None:
             epoch = self.terms.roster.epoch
             write_json(self._study.total, {"epoch": epoch, "total_count": total})
+
+    def _forget_others(self, proposal: Proposal) -> None:
+        """Files of other proposals: a coordinator names as many as it likes."""
+        wanted = {artifact.sha256.hex() for artifact in proposal.artifacts}
+        for file in self._study.artifacts.iterdir():
+            if file.name.partition(".")[0] not in wanted:
+                file.unlink(missing_ok=True)
 
     async def _fetch(self, artifact: Artifact) -> Path:
         target = self._study.artifact(artifact.sha256)
@@ -298,7 +308,7 @@ class Participation:
                 path = self._protocol.masked_vector(context)
                 digest = MaskedInput.decode(send.message.body).vector
                 await self._tools.client.upload(self._study.name, task.session, path, digest)
-            await self._tools.client.submit(_submission(task, send))
+            await self._tools.client.submit(submission_of(task, send))
             if context is not None and send.message.step in _POINTS:
                 failpoints.reach(_POINTS[send.message.step], context.quantity)
 
@@ -379,30 +389,3 @@ def in_doubt(study: StudyHome) -> bool:
         return bool(History.of(ledger.entries()).in_doubt)
     finally:
         ledger.close()
-
-
-def event_of(task: pb.Task) -> SiloEvent:
-    """The event that a task means. Raises MalformedMessage."""
-    match task.WhichOneof("task"):
-        case "adverts":
-            return Adverts(tuple(Signed.decode(m) for m in task.adverts.signed))
-        case "headers":
-            parcels = {p.silo: Parcel(p.mailbox, p.seed) for p in task.headers.parcels}
-            return Headers(tuple(Signed.decode(m) for m in task.headers.signed), parcels)
-        case "survivors":
-            return Survivors(tuple(task.survivors.silos))
-        case "confirmations":
-            return Confirmations(tuple(Signed.decode(m) for m in task.confirmations.signed))
-        case "give_up":
-            return GiveUp(task.give_up.context_digest)
-    raise MalformedMessage(f"task {task.WhichOneof('task')!r} is unknown to this version")
-
-
-def _submission(task: pb.Task, send: Send) -> pb.SubmitRequest:
-    parcels = [
-        pb.Parcel(silo=index, mailbox=parcel.mailbox, seed=parcel.seed)
-        for index, parcel in sorted(send.parcels.items())
-    ]
-    return pb.SubmitRequest(
-        study=task.study, session=task.session, signed=send.message.encode(), parcels=parcels
-    )

@@ -50,6 +50,8 @@ class Pinned:
     """Σñ as this site has accepted it in this epoch, None before the first time."""
     tags: dict[int, Certificate] = field(default_factory=dict)
     """Attempt → sum certificate of its tags."""
+    united: bool = False
+    """Whether synthetic images of this site are in a union already."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _check_work(work: Work, round: int, pinned: Pinned) -> None:
             last = pinned.roster.epoch
             _check_moments(work, plan)
         case TagsWork():
-            last = _check_tags(work, plan)
+            last = _check_tags(work, plan, pinned.united)
         case ImagesWork():
             last = _check_images(work, plan)
             if round not in pinned.tags:
@@ -165,7 +167,9 @@ def _check_moments(work: MomentsWork, plan: Plan) -> None:
         raise ValueError(f"moments: the bound {work.bound} does not follow from the plan's")
 
 
-def _check_tags(work: TagsWork, plan: Plan) -> int:
+def _check_tags(work: TagsWork, plan: Plan, united: bool) -> int:
+    if united:  # two unions over different silos would tell the styles of single ones apart
+        raise ValueError("tags: this site's synthetic images are in a union already")
     agreed = plan.auxiliary
     if agreed is None or work.images != agreed.images:
         raise ValueError(f"tags: {work.images} synthetic images are not what the plan says")

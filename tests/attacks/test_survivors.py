@@ -136,3 +136,6 @@ async def test_images_are_summed_over_exactly_the_silos_of_their_tags(
     await counted.until(coordinator.Confirming)
     await counted.refuses(Survivors((1, 2, 3, 4)), Reason.WRONG_SURVIVORS)
     await counted.until(coordinator.Summed)
+    await counted.settle()
+    # A second union over other silos would tell by the difference of the two who made what.
+    await counted.refuses(Open(counted.open(tags, round=2)), "in a union already")

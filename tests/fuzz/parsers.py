@@ -28,8 +28,8 @@ from secagg.messages import Advert, Complaint, Confirm, Header, MaskedInput, Sig
 from secagg.roster import Roster
 from silo.errors import ProposalRefused
 from silo.offers import BadOffer, parse_terms
-from silo.participation import event_of
 from silo.proposal import Pinned, check_open
+from silo.wire import event_of
 from study.invitation import Invitation, InvitationError
 from study.quantity import (
     CensusWork,

@@ -171,6 +171,16 @@ async def test_a_session_number_that_was_used_is_refused_after_a_restart(tmp_pat
     assert "not higher than one already used" in client.refusals[0][1]
 
 
+async def test_sessions_without_number_do_not_fill_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(participation, "_MOST_SESSIONS", 2)
+    client = ScriptedClient(*(opened(number) for number in (1, 2, 3)))
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert [request.session for request in client.submitted] == [1, 2]
+    assert client.refusals == [(3, "this site has opened 2 sessions of the study")]
+
+
 async def test_a_forged_certificate_settles_nothing(tmp_path: Path) -> None:
     from secagg.certificate import Certificate
 

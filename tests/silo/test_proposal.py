@@ -131,6 +131,12 @@ def test_work_beyond_the_plan_is_refused(work: Work, round: int, said: str) -> N
         check_open(5, proposed(work, context_of(work, round)), PINNED)
 
 
+def test_a_site_whose_images_are_in_a_union_offers_no_others() -> None:
+    check_open(5, proposed(TAGS, context_of(TAGS, 2)), PINNED)
+    with pytest.raises(ProposalRefused, match="in a union already"):
+        check_open(5, proposed(TAGS, context_of(TAGS, 2)), replace(PINNED, united=True))
+
+
 @pytest.mark.parametrize("work", [MOMENTS, TAGS, ROUND])
 def test_the_total_is_accepted_once_so_that_nobody_can_search_for_a_count(work: Work) -> None:
     lower = work.model_copy(update={"total_count": 399})
