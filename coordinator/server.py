@@ -37,7 +37,7 @@ from coordinator.studies import LiveStudy, Studies
 from coordinator.worker import Worker
 from protos.v1.coordination_pb2_grpc import add_CoordinationServicer_to_server
 from protos.v1.enrolment_pb2_grpc import add_EnrolmentServicer_to_server
-from study.memory import keep_what_is_there
+from study.memory import keep_buffers, keep_what_is_there
 
 log = structlog.get_logger()
 
@@ -232,6 +232,7 @@ async def serve(home: Path, listen: str | None = None) -> None:
     Raises ConfigError, AuthorityError, StoreError or ServerError; the text of each says what to do.
     """
     configure_logging(Home(home).config())
+    keep_buffers()
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -46,7 +46,7 @@ from silo.participation import Participation, Tools, in_doubt
 from silo.quantities import Quantities
 from silo.status import Status
 from silo.worker import Worker
-from study.memory import keep_what_is_there
+from study.memory import keep_buffers, keep_what_is_there
 
 log = structlog.get_logger(__name__)
 
@@ -321,4 +321,5 @@ def main(home: Path, style: LogStyle = "auto") -> None:
     """The agent as a process: logs to standard error and to HOME/agent.log."""
     configure_logging(home / "agent.log", style)
     keep_private()
+    keep_buffers()
     asyncio.run(run(home))

@@ -22,22 +22,24 @@ def write_file(path: Path, content: bytes | memoryview, mode: int = 0o600) -> No
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when the block ends, durably; where it
-    raises, `path` is what it was."""
+def replacing(path: Path, mode: int = 0o600, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the block ends; where it raises,
+    `path` is what it was. One that is not `durable` may be lost when the machine fails."""
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         failpoints.reach(f"before {_point(path)}")
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
     failpoints.reach(f"after {_point(path)}")
 
 

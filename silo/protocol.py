@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class Protocol:
         the shares in the ledger are of no use any more."""
         self._ledger, self._masked, self._shares_key = ledger, masked, shares_key
         self._ledger_key = party.ledger_key
-        self._vector: Path | None = None
+        self._vector: FileIO | None = None
         if not shares_key.exists():
             write_file(shares_key, os.urandom(SECRET_BYTES))
         self._party = self._with_key(party)
@@ -63,6 +64,7 @@ class Protocol:
 
     def close(self) -> None:
         """Overwrite the secrets in memory, and let another process have the ledger."""
+        self._hold(None)
         self._state.wipe()
         self._party.ledger_key.wipe()
         self._ledger.close()
@@ -107,14 +109,30 @@ class Protocol:
         Raises `Refused` where an honest silo does not take part, WorkFailed for a vector of
         another length than the context says.
         """
-        if vector.stat().st_size != context.vector_bytes:
-            raise WorkFailed(
-                f"the vector of {context.quantity} has {vector.stat().st_size} bytes, "
-                f"the session's has {context.vector_bytes}"
-            )
-        sends = self.handle(Open(context))
-        self._vector = vector
+        file = FileIO(vector)
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size != context.vector_bytes:
+                raise WorkFailed(
+                    f"the vector of {context.quantity} has {size} bytes, "
+                    f"the session's has {context.vector_bytes}"
+                )
+            sends = self.handle(Open(context))
+        except BaseException:
+            file.close()
+            raise
+        self._hold(file)
         return sends
+
+    def _hold(self, vector: FileIO | None) -> None:
+        """Keep the vector that the session under way was opened with, open, until it is masked.
+
+        By its name it could be another one by then: what a coordinator proposes between is computed
+        under the same name, from a model of its choice, even if it is never opened.
+        """
+        if self._vector is not None:
+            self._vector.close()
+        self._vector = vector
 
     def handle(self, event: SiloEvent) -> list[Send]:
         """Carry an event through; what is returned may be sent, and may be sent again.
@@ -155,7 +173,9 @@ class Protocol:
                 case MaskInput(keys):
                     # A failure leaves the state at `Masking`: the same request masks again.
                     sends += self.handle(self._mask(keys))
+                    self._hold(None)
         if self.session is None and any(isinstance(effect, Record) for effect in effects):
+            self._hold(None)
             self._burn()
         return sends
 
@@ -166,7 +186,7 @@ class Protocol:
         before.wipe()
         self._state.wipe()
         self._state = resume(self._party, History.of(self._ledger.entries()))
-        self._vector = None
+        self._hold(None)
 
     def _mask(self, keys: Sequence[MaskKey]) -> InputMasked:
         context = self.session
@@ -176,12 +196,11 @@ class Protocol:
         masks, digest, size = Masks(keys), hashlib.sha256(), 0
         chunk = np.empty(CHUNK_BYTES, dtype=np.uint8)
         words, content = chunk.view(DTYPES[context.ring]), memoryview(chunk.data)
-        with (
-            open(self._vector, "rb", buffering=0) as vector,
-            replacing(self.masked_vector(context)) as masked,
-        ):
+        self._vector.seek(0)
+        # Not durable: after a crash its keys are lost, and nobody asks for it any more.
+        with replacing(self.masked_vector(context), durable=False) as masked:
             # A chunk is masked, hashed and written while it is in a core's cache.
-            while got := vector.readinto(content):
+            while got := self._vector.readinto(content):
                 masks.add_to(words[: got // words.itemsize])
                 digest.update(content[:got])
                 masked.write(content[:got])

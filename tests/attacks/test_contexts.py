@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from protos.v1 import coordination_pb2 as pb
@@ -16,8 +17,10 @@ from secagg.events import Adverts, Confirmations, Headers, Open, Survivors
 from secagg.messages import Header, Step
 from secagg.roster import Member, Roster
 from silo import admin, agent
-from study.quantity import CensusWork
-from tests.attacks.stage import ME, OTHERS, STUDY, Stage
+from silo.files import write_file
+from study.quantity import CensusWork, RoundWork, decode_work
+from tests.attacks.conftest import Template
+from tests.attacks.stage import ME, OTHERS, STUDY, Stage, sha256
 
 # --- rosters and parameters
 
@@ -160,6 +163,20 @@ async def test_silos_that_were_shown_different_sessions_do_not_talk_to_one_anoth
     await fresh.refuses(mixed, Reason.BAD_SIGNATURE)
 
 
+async def test_what_was_computed_since_for_another_proposal_is_not_masked(fresh: Stage) -> None:
+    """Another proposal for the same quantity, from another model for example, leaves its vector
+    under the name of ours; the coordinator lets it be, and goes on with the session."""
+    fresh.open(CensusWork())
+    await fresh.until(coordinator.Sharing)
+    vector = fresh.victim.study.vector("census", 1) / "vector"
+    promised = vector.read_bytes()
+    write_file(vector, bytes(len(promised)))
+    await fresh.until(coordinator.Summed)
+    others = sum(np.frombuffer(peer.vector.tobytes(), "<u4") for peer in fresh.peers.values())
+    assert np.any(np.frombuffer(promised, "<u4"))
+    assert fresh.sum == (others + np.frombuffer(promised, "<u4")).astype("<u4").tobytes()
+
+
 async def test_silos_that_were_shown_different_sets_of_adverts_mask_nothing(fresh: Stage) -> None:
     fresh.open(CensusWork())
     await fresh.until(coordinator.Sharing)
@@ -203,6 +220,20 @@ async def test_a_header_of_another_world_is_refused_also_when_its_dealer_signs_i
     changed = Headers((lie, *event.messages[1:]), event.parcels)
     await fresh.refuses(changed, Reason.TRANSCRIPT_MISMATCH)
     await fresh.harmless(event)
+
+
+async def test_models_without_number_do_not_fill_the_disk(
+    counted: Stage, template: Template
+) -> None:
+    work = decode_work((template.folder / "round.json").read_bytes())
+    assert isinstance(work, RoundWork)
+    for number in range(3):
+        model = np.full(sum(work.sizes), number, "<f4").tobytes()
+        counted.liar.artifacts[sha256(model)] = model
+        context = counted.open(work, model=sha256(model))
+        await counted.refuses(Open(context), "the first model is not")
+        kept = [file.name for file in counted.victim.study.artifacts.iterdir()]
+        assert kept == [sha256(model).hex()]
 
 
 async def test_a_task_of_an_unknown_kind_is_refused(fresh: Stage) -> None:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from concilium.partition import dirichlet
 from coordinator import admin
 from diffusion.frechet import fid, moments
 from study.plan import load_plan
+from tests.e2e.keeper import Keeper
 
 PLAN = Path(__file__).with_name("plan.toml")
 FAILPOINTS = {
@@ -42,29 +41,6 @@ FAILPOINTS = {
 LIMIT_SECONDS = 300.0
 # Images are numbered within a seed; FID measures those from here on, the grids those from 0.
 FIRST_MEASURED = 1_000_000
-
-
-class Keeper(threading.Thread):
-    """Links every vector that a silo encodes; the silo itself deletes it after the outcome."""
-
-    def __init__(self, silos: Path, kept: Path) -> None:
-        super().__init__(daemon=True)
-        self._silos, self._kept, self._done = silos, kept, threading.Event()
-        kept.mkdir()
-
-    def run(self) -> None:
-        while not self._done.is_set():
-            for vector in self._silos.glob("*/studies/*/vectors/*/vector"):
-                name = f"{vector.relative_to(self._silos).parts[0]}.{vector.parent.name}"
-                try:
-                    os.link(vector, self._kept / name)
-                except (FileExistsError, FileNotFoundError):
-                    continue
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self._done.set()
-        self.join()
 
 
 @dataclass

@@ -138,6 +138,21 @@ async def test_a_partial_file_of_an_earlier_process_is_used(
     assert service.served == [1_000_000], "it was whole, only not renamed"
 
 
+async def test_a_file_of_an_earlier_process_is_used_only_if_it_is_what_it_says(
+    flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
+) -> None:
+    service, client, _ = flaky
+    target = tmp_path / DIGEST.hex()
+    target.write_bytes(CONTENT)
+    await client.download("trial", DIGEST, target, at_most=len(CONTENT))
+    assert service.served == []
+    for name, spoilt in (("a", b""), ("b", CONTENT[:-1] + b"x"), ("c", CONTENT + b"x")):
+        target = tmp_path / name
+        target.write_bytes(spoilt)
+        await client.download("trial", DIGEST, target, at_most=len(CONTENT))
+        assert target.read_bytes() == CONTENT
+
+
 async def test_an_artifact_that_is_too_long_or_of_another_hash_is_refused(
     flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
 ) -> None:

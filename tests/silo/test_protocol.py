@@ -18,6 +18,7 @@ from secagg.masking import DTYPES, apply_masks
 from secagg.messages import Complaint, Header, Parcel, Step
 from secagg.primitives import Secret, derive, unlock
 from secagg.silo import SiloParty
+from silo.files import write_file
 from silo.ledger import LedgerFile
 from silo.protocol import Protocol
 from tests.secagg.world import make_context, make_roster
@@ -193,7 +194,7 @@ def test_a_disk_that_is_full_while_the_vector_is_written_can_be_tried_again(
     trial.step()
     trial.step()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -246,6 +247,18 @@ def test_what_only_the_coordinator_can_have_done_accuses_nobody(tmp_path: Path) 
     ):
         with pytest.raises(Refused):
             trial.sites[1].protocol.handle(lie)
+
+
+def test_what_is_masked_is_the_vector_that_the_session_was_opened_with(tmp_path: Path) -> None:
+    """Between, a coordinator proposes another session, and lets it be: its vector, from a model of
+    the coordinator's choice, is computed under the same name."""
+    trial = Trial(tmp_path)
+    trial.step()
+    write_file(tmp_path / "1" / "vector", np.full(1000, 7, "<u2").tobytes())
+    for _ in range(4):
+        trial.step()
+    assert trial.sum is not None
+    assert np.array_equal(trial.sum, trial.expected(1, 2, 3, 4))
 
 
 def test_a_vector_of_another_length_opens_nothing(tmp_path: Path) -> None:
