@@ -31,7 +31,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu_proofs import PROOFS, SANITIZER_SECONDS
-from benchmarks.measure import Report, Target
+from benchmarks.measure import NOT_MEASURED, Report, Target
 from benchmarks.worker import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,7 +51,7 @@ def _part(arguments: list[str], seconds: int) -> str:
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not finished after {seconds} s") from None
     if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip()[-500:])
+        raise RuntimeError((done.stderr or done.stdout).strip().rpartition("\n")[2][-500:])
     return done.stdout.strip()
 
 
@@ -83,7 +83,8 @@ def tabulate(report: Report, device: str, quick: bool, save: Callable[[], None])
             try:
                 _part(command, TABLE_SECONDS[name])
             except RuntimeError as failure:
-                report.row(table=name, result=f"FAILED: {failure}")
+                missing = "ModuleNotFoundError" in str(failure)
+                report.row(table=name, result=f"{NOT_MEASURED if missing else 'FAILED'}: {failure}")
             written = pathlib.Path(file.name).read_text()
         found = json.loads(written) if written else {"rows": [], "targets": []}
         report.rows += found["rows"]
