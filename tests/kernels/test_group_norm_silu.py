@@ -86,6 +86,42 @@ def test_a_sample_is_the_same_in_any_batch(monkeypatch):
     torch.testing.assert_close(alone, whole[3:4], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("embedded", [False, True])
+def test_half_precision_is_the_same_in_chunks_of_any_size(layout, embedded, monkeypatch):
+    x, affine, embedding = _inputs((5, 8, 6, 6), torch.bfloat16, embedded=embedded)
+    x[3] += 300.0  # this one is centred first
+    x, upstream = layout(x), torch.randn(x.shape).bfloat16()
+
+    def run():
+        leaves = [v if v is None else v.detach().requires_grad_() for v in (x, *affine, *embedding)]
+        y = kernels.group_norm_silu(leaves[0], 4, *leaves[1:3], scale=leaves[3], shift=leaves[4])
+        y.backward(upstream)
+        return y.detach(), [leaf.grad for leaf in leaves if leaf is not None]
+
+    y, grads = run()
+    for samples in (1, 2, 3):
+        monkeypatch.setattr("kernels._group_norm_silu_cpu._CHUNK", samples * x[0].numel())
+        again, other = run()
+        assert torch.equal(again, y)
+        for got, want in zip(other, grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_of_channels_as_attention_has_them_are_not_copied(dtype):
+    x, affine, _ = _inputs((3, 12, 35), dtype)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    y = kernels.group_norm_silu(x, 4, *affine)
+    assert y.stride() == x.stride()
+    exact = x.detach().double().requires_grad_()
+    want = functional.silu(functional.group_norm(exact, 4, *(v.double() for v in affine)))
+    _close(y, want, dtype)
+    upstream = torch.randn(x.shape).to(dtype)
+    y.backward(upstream)
+    want.backward(upstream.double())
+    _close(x.grad, exact.grad, dtype)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (1, 4, 1, 1), (2, 4), (2, 4, 9), (2, 4, 2, 2, 2)])
 def test_shapes_from_empty_to_volumes(shape):
     x, affine, _ = _inputs(shape)
@@ -196,6 +232,12 @@ def test_errors_say_what_was_wrong():
             {"scale": scale, "shift": shift[:1]},
         ),
         (ValueError, "is on meta", (x, 4, weight.to("meta"), bias), {}),
+        (
+            ValueError,
+            r"2\^31 elements a sample",
+            (x[:, :, :1, :1].expand(-1, -1, 1 << 14, 1 << 14), 4, weight, bias),
+            {},
+        ),
     ]
     for error, message, arguments, options in wrong:
         with pytest.raises(error, match=message):
