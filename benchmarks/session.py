@@ -12,7 +12,7 @@ the same way and printed apart; it is in no bound.
 
 Many virtual machines get their memory from the host when it is first touched, and give it back when
 it has been free for seconds; here the first touch costs 2.3 s a gigabyte, ten times a copy. So
-memory is touched before and let go while the session runs. `--cold` leaves that out.
+memory is touched before and let go when the clock starts. `--cold` leaves that out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,6 @@ _TLS_RECORD = 16 * 1024
 _TICKS = os.sysconf("SC_CLK_TCK")
 # Bytes a parameter and silo, generously: its files, their copies on the way, the upload.
 _TOUCHED = 20
-_SLICE, _AT_ONCE, _LET_GO_A_SECOND = 128 << 20, 1 << 30, 1 << 30
 
 
 class KnownDeltas(Quantities):
@@ -155,27 +153,15 @@ class Sites(Federation):
 
 
 class Touched:
-    """Memory that the machine really has. It is let go little by little, about as fast as a
-    session takes it: what lies free for seconds the host takes back."""
+    """Memory that the machine really has, until it is let go."""
 
     def __init__(self, size: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory, self._size = mmap.mmap(-1, size, flags=flags), size
+        self._memory = mmap.mmap(-1, size)
         ones = b"1" * (1 << 20)
         for at in range(0, size - len(ones), len(ones)):
             self._memory[at : at + len(ones)] = ones
 
-    def let_go(self) -> threading.Thread:
-        """Begin; a thread that ends when all of it is let go."""
-        thread = threading.Thread(target=self._let_go, daemon=True)
-        thread.start()
-        return thread
-
-    def _let_go(self) -> None:
-        for at in range(0, self._size, _SLICE):
-            part = min(_SLICE, self._size - at)
-            self._memory.madvise(mmap.MADV_DONTNEED, at, part)
-            time.sleep(_SLICE / _LET_GO_A_SECOND if at >= _AT_ONCE else 0.0)
+    def let_go(self) -> None:
         self._memory.close()
 
 
@@ -199,13 +185,12 @@ def run_session(folder: Path, silos: int, channels: list[int], cold: bool) -> di
         study = admin.start_study(sites.coordinator_home, plan)
         sites.wait_for(study, "first model")
         before = sites.processor()
-        letting_go = memory.let_go() if memory is not None else None
+        if memory is not None:
+            memory.let_go()
         found = sites.wait_for(study, "round 00001 sum")
         after = sites.processor()
         found["processor"] = {part: after[part] - before[part] for part in before}
         found["params"] = n
-        if letting_go is not None:
-            letting_go.join()
         return found
 
 
