@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,8 @@ def test_keys_that_nobody_can_seal_to_are_known() -> None:
         key.public[:-1],
     ):
         assert not usable(bad)
+
+
+def test_every_reason_is_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "secure-sum.md").read_text("utf-8")
+    assert [reason.name for reason in Reason if f"`{reason.name}`" not in page] == []
