@@ -161,6 +161,17 @@ def test_the_benchmark_s_table_and_ratios_are_those_of_the_runs(
     assert "`fid_vs_best_baseline`" in fedddpm.ratios_table(found)
 
 
+def test_a_correction_that_does_harm_is_taken_back(tmp_path: Path) -> None:
+    harmful = PLUS.replace("}", ", correction_learning_rate = 1.0, correct_last = true}")
+    runs = {"plus": harmful, "fedavg": ""}
+    lines = simulate(study(tmp_path, runs), tmp_path / "out")
+    last = [line for line in lines["plus-3"] if line["event"] == "correction"][-1]
+    assert last["fid_after"] > last["fid_before"]
+    assert last["kept"] is False
+    ends = {name: events[-1]["model"] for name, events in lines.items()}
+    assert ends["plus-3"] == ends["fedavg-3"], "and nothing else differs"
+
+
 def test_the_first_correction_is_read_off_a_run_without_any() -> None:
     losses = [1.0, 0.5, 0.38, 0.37, 0.365]
     events = []

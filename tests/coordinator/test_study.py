@@ -194,7 +194,9 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
         assert first["decision"]["correct"] is False
         assert second["decision"]["correct"] is True
         assert second["decision"]["numbers"]["tau"] == 0.9
-        assert {"training_loss", "loss_after"} == set(second["correction"])
+        judged = second["correction"]
+        assert judged["training_loss"] > 0
+        assert judged["kept"] == (judged["fid_after"] < judged["fid_before"])
         assert "fid" not in first
         assert second["fid"] > 0
         assert report["auxiliary"]["images"] == len(union)
@@ -203,3 +205,26 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
             for line in (federation.study(study).folder / "metrics.jsonl").read_text().splitlines()
         ]
         assert kinds == ["round", "decision", "round", "decision", "correction", "evaluation"]
+
+
+async def test_a_last_correction_that_does_harm_is_not_published(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        for silo in silos:
+            silo.start()
+        plan = federation.plan(rounds=1, more=FEDDDPM_PLUS)
+        harmful = "correction_steps = 2\ncorrection_learning_rate = 1.0"
+        text = plan.read_text()
+        assert "correction_steps = 2" in text
+        plan.write_text(text.replace("correction_steps = 2", harmful))
+        study = admin.start_study(federation.home, plan)
+        await federation.until(lambda: federation.study(study).state == "finished", 150)
+
+        corrected = federation.result(study, "round 00001 corrected")
+        assert corrected["fid_after"] > corrected["fid_before"]
+        assert corrected["kept"] is False
+        aggregate = federation.result(study, "round 00001 model")["model"]
+        assert federation.result(study, "end")["model"] == aggregate
+        assert federation.artifact(aggregate).exists()
+        (line,) = json.loads((federation.study(study).folder / "report.json").read_text())["rounds"]
+        assert line["correction"]["kept"] is False
