@@ -8,7 +8,8 @@ Points of a session, in order: `after-advertise` (ADVERTISE acknowledged), `afte
 acknowledged), `before-mask` (nothing masked yet), `after-upload` (MASKED_INPUT acknowledged),
 `after-confirm` (CONFIRM acknowledged). A limit names a purpose and its round, e.g. `tags=1`. Every
 file that is written and every entry of a ledger is a point before and after, so none can be
-forgotten: `before 3.certificate`, `after ledger 7`. Only the agent dies, never its worker.
+forgotten: `before 3.certificate`, `after ledger masked:round=2`. Only the agent dies, never its
+worker.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ import zlib
 from pathlib import Path
 
 from secagg.codec import u32
+from secagg.context import Quantity
 from secagg.errors import MalformedMessage
-from secagg.ledger import Entry, decode_entry, encode_entry
+from secagg.ledger import Entry, Opened, decode_entry, encode_entry
 from silo import failpoints
 from silo.errors import LedgerError
 from silo.files import InUse, lock, sync_folder
@@ -45,6 +46,7 @@ class LedgerFile:
         self._broken = False
         self._turn = threading.Lock()
         self._count = 0
+        self._quantity: Quantity | None = None
         self._first = self._chain = hashlib.sha256(MAGIC + study.encode()).digest()
         try:
             self._read()
@@ -83,15 +85,16 @@ class LedgerFile:
             chain = _next(self._chain, encoded)
             record = _header(encoded) + encoded + chain
             self._broken = True
-            number = self._count + 1
-            failpoints.reach(f"before ledger {number}")
+            self._note_quantity(entry)
+            kind = type(entry).__name__.lower()
+            failpoints.reach(f"before ledger {kind}", self._quantity)
             _write(self._file, record)
-            failpoints.reach(f"written ledger {number}")
+            failpoints.reach(f"written ledger {kind}", self._quantity)
             os.fsync(self._file)
-            failpoints.reach(f"after ledger {number}")
+            failpoints.reach(f"after ledger {kind}", self._quantity)
             self._broken = False
             self._chain = chain
-            self._count = number
+            self._count += 1
 
     def close(self) -> None:
         """Let another process have it."""
@@ -110,12 +113,18 @@ class LedgerFile:
             raise LedgerError(f"{self._path} is not a ledger: restore it, or leave the study")
         at = len(MAGIC)
         while (record := self._record(content, at, self._chain, self._count)) is not None:
-            at, self._chain, _ = record
+            at, self._chain, entry = record
+            self._note_quantity(entry)
             self._count += 1
         if at != len(content):
             os.ftruncate(self._file, at)
             os.fsync(self._file)
         os.lseek(self._file, at, os.SEEK_SET)
+
+    def _note_quantity(self, entry: Entry) -> None:
+        # Entries that follow are of the session that was opened last.
+        if isinstance(entry, Opened):
+            self._quantity = entry.context.quantity
 
     def _start(self) -> None:
         os.ftruncate(self._file, 0)

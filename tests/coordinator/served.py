@@ -19,7 +19,7 @@ import numpy as np
 
 from coordinator import failpoints, results, schema
 from coordinator.config import Home
-from coordinator.store import Store
+from coordinator.store import Store, StoreError
 from protos.v1 import enrolment_pb2 as join_pb
 from secagg.certificate import Certificate
 from tests.coordinator.agent import join
@@ -100,7 +100,13 @@ class Served(Federation):
                     self.coordinator = Coordinator(self.home, self.log, self._environment)
 
     async def until(self, check: Callable[[], Any], seconds: float = 30.0) -> Any:
-        return await super().until(lambda: self._alive() and check(), seconds)
+        def checked() -> Any:
+            self._alive()
+            # Whoever holds the store may have been killed, or stopped, in a transaction.
+            with suppress(StoreError):
+                return check()
+
+        return await super().until(checked, seconds)
 
     def _alive(self) -> bool:
         if self._reviving is not None and self._reviving.done():

@@ -29,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from sqlalchemy.exc import OperationalError
 
 from coordinator import admin as centre
 from coordinator import registry, results
@@ -142,9 +143,10 @@ class Watch:
     async def messages_seen(self, store: Store) -> None:
         """Every message of the agent that the coordinator has taken."""
         while True:
-            for session, message in store.run(_messages):
-                if message.sender == 4:
-                    self.signed[session, message.step.name].add(message.encode())
+            with suppress(OperationalError):  # the store is locked for long: look again
+                for session, message in store.run(_messages):
+                    if message.sender == 4:
+                        self.signed[session, message.step.name].add(message.encode())
             await asyncio.sleep(0.05)
 
 
