@@ -7,6 +7,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,28 @@ _OPTIONS: list[tuple[str, Any]] = [
 
 class ServerError(Exception):
     """The service cannot start; the text says why, and what to do."""
+
+
+class ServerCertificates:
+    """What gRPC asks at every handshake, in a thread of its own: the server's certificate, or None
+    where it is the one that gRPC has.
+
+    Given a certificate, gRPC replaces what handshakes under way still read, and a hundred silos
+    that dial in at once can bring the process down (grpc #36693).
+    """
+
+    def __init__(self, authority: Authority, host: str) -> None:
+        self._authority, self._host = authority, host
+        self._given: tuple[bytes, bytes] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        with self._lock:
+            pair = self._authority.server_credentials(self._host)
+            if pair == self._given:
+                return None
+            self._given = pair
+        return grpc.ssl_server_certificate_configuration([pair], self._authority.pem)
 
 
 class CoordinatorServer:
@@ -180,15 +203,10 @@ class CoordinatorServer:
 
         The server's own certificate is made anew before it expires, without a restart.
         """
-        trusted, host = self._authority.pem, self._config.host
-
-        def configuration() -> grpc.ServerCertificateConfiguration:
-            # Asked at every handshake, in a thread of gRPC's.
-            pair = self._authority.server_credentials(host)
-            return grpc.ssl_server_certificate_configuration([pair], trusted)
-
+        # The stubs lack the None that gRPC takes for "unchanged".
+        fetch: Any = ServerCertificates(self._authority, self._config.host)
         return grpc.dynamic_ssl_server_credentials(
-            configuration(), configuration, require_client_authentication=True
+            fetch(), fetch, require_client_authentication=True
         )
 
     async def _keep_looking(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from coordinator import admin, registry
 from coordinator.audit import verified
 from coordinator.authority import Authority
 from coordinator.config import ConfigError, Home, read_config
-from coordinator.server import CoordinatorServer, ServerError
+from coordinator.server import CoordinatorServer, ServerCertificates, ServerError
 from coordinator.store import Store, StoreError
 from protos.v1 import coordination_pb2 as pb
 from protos.v1 import enrolment_pb2 as join_pb
@@ -172,6 +173,30 @@ async def test_a_renewed_certificate_works_at_once_and_a_revoked_silo_is_refused
         async with other.credentials.channel(federation.address) as channel:
             task = await CoordinationStub(channel).NextTask(pb.NextTaskRequest())
             assert task.WhichOneof("task") == "idle"
+
+
+async def test_the_server_s_certificate_is_replaced_without_a_restart_and_only_when_it_is_another(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        host, _, port = federation.address.rpartition(":")
+        place = Home(federation.home).authority
+
+        async def shown() -> str:
+            return await asyncio.to_thread(ssl.get_server_certificate, (host, int(port)))
+
+        before = await shown()
+        assert before == await shown()
+        (place / "server.pem").unlink()  # as if two thirds of its life were over
+        after = await shown()
+        assert after != before
+        assert after == await shown()
+        given = ServerCertificates(Authority.load(place), host)
+        assert given() is not None
+        assert given() is None
+        (place / "server.pem").unlink()
+        assert given() is not None
+        assert given() is None
 
 
 async def test_probes_get_the_standard_health_answer(tmp_path: Path) -> None:
