@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 import silo.agent
 from benchmarks.measure import Report, side_by_side
 from benchmarks.ours import Client, on_processor
-from concilium.demo.federation import Federation, Process
+from concilium.demo.federation import Federation, Process, ProcessDied
 from coordinator import admin
 from coordinator.authority import Authority
 from coordinator.config import Home
@@ -137,6 +137,9 @@ class Sites(Federation):
         """What the coordinator stored under `key`, if it has."""
         self.check()
         store = sqlite3.connect(self.coordinator_home / "store.sqlite")
+        failed = "select error from studies where id = ? and state = 'failed'"
+        if (error := store.execute(failed, (study,)).fetchone()) is not None:
+            raise ProcessDied(f"study {study} failed: {error[0]}")
         query = "select value from results where study = ? and key = ?"
         row = store.execute(query, (study, key)).fetchone()
         store.close()
