@@ -303,7 +303,7 @@ def next_clips(
     encoding: Encoding,
     *,
     parts: int = 1,
-    factor: float = 2.0,
+    factor: float | None = None,
     reopen: float = 3.0,
     level: float = 0.5,
     shrink: float = 0.25,
@@ -319,19 +319,22 @@ def next_clips(
     `factor` is room for silos whose delta is larger than the mean: towards the end of training,
     when silos agree less, theirs grow to 1.8 times the last mean's largest, and with a factor of
     1.5 a few clipped elements then outweighed all rounding. The rounding error is proportional to
-    it (`benchmarks/encoding.py`). `reopen` is the rate at which a clip opens again that cuts off
-    the mean itself. `level` keeps small tensors, where silos tend to cancel one another, from being
+    it (`benchmarks/encoding.py`), but words of 32 bits have room: there it is 8 by default, else 2.
+    `reopen` is the least rate at which a clip opens again that cuts off the mean itself. `level`
+    keeps small tensors, where silos tend to cancel one another, from being
     clipped by their mean: AdamW moves all tensors about alike, so it costs few bits. `shrink` keeps
     a round of faults, whose mean is zero, from closing the clips.
     `mean_delta` is float32 [n]; where it consists of several `parts` of the model's size, each has
     a largest m_k of its own.
     """
+    if factor is None:
+        factor = 8.0 if encoding.ring == 32 else 2.0
     starts = [0, *accumulate(encoding.sizes)][:-1]
     largest = np.maximum(
         np.maximum.reduceat(mean_delta, starts), -np.minimum.reduceat(mean_delta, starts)
     ).astype(np.float64)
     before = np.array(encoding.clips)
-    factors = np.where(largest > 0.9 * before, reopen, factor)
+    factors = np.where(largest > 0.9 * before, max(reopen, factor), factor)
     of_part = largest.reshape(parts, -1).max(axis=1)
     wanted = factors * np.maximum(largest, level * np.repeat(of_part, len(largest) // parts))
     wanted = np.maximum(wanted, shrink * before)

@@ -306,6 +306,12 @@ def test_clips_follow_the_largest_mean_delta_of_each_tensor():
     assert next_clips(mean, enc, level=0.0) == (1.0, 3.0)
 
 
+def test_words_of_32_bits_leave_the_silos_more_room():
+    mean = np.array([0.25, -0.5, 0.0, 1.5, -0.25], np.float32)
+    narrow, wide = (encoding(ring, sizes=(3, 2), clips=(1.0, 2.0)) for ring in (16, 32))
+    assert next_clips(mean, wide) == tuple(4 * clip for clip in next_clips(mean, narrow))
+
+
 def test_a_clip_that_cuts_off_the_mean_itself_gives_more_room():
     enc = encoding(sizes=(3, 2), clips=(0.5, 2.0))
     mean = np.array([0.25, -0.5, 0.0, 1.5, -0.25], np.float32)
