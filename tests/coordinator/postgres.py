@@ -6,8 +6,7 @@ import os
 import pwd
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from uuid import uuid4
@@ -69,23 +68,16 @@ class Server:
         return f"postgresql+psycopg://test@127.0.0.1:{port or self.port}/{name}"
 
     def _call(self, command: Sequence[str]) -> None:
-        become: Callable[[], None] | None = None
-        if self._user is not None:
-            account = pwd.getpwnam(self._user)
-            become = partial(_become, account.pw_uid, account.pw_gid)
+        # By a program, not by `user=` or `preexec_fn`: with these Python forks, and gRPC's handlers
+        # of a fork may abort the child where a server runs in this process.
+        user = self._user
+        become = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         full = [str(self._bin / command[0]), *command[1:]]
         subprocess.run(
-            full,
+            ["setpriv", *become, *full] if user else full,
             check=True,
-            preexec_fn=become,
             cwd=self._root,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
         )
-
-
-def _become(user: int, group: int) -> None:
-    os.setgroups([])
-    os.setgid(group)
-    os.setuid(user)
