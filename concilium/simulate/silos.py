@@ -122,11 +122,6 @@ def secret_of(seed: int, index: int) -> bytes:
     return hashlib.sha256(f"concilium/simulate/1 {seed} {index}".encode()).digest()
 
 
-def dither_key(secret: bytes, round: int) -> bytes:
-    """The key of a silo's stochastic rounding in a round."""
-    return hashlib.sha256(secret + f"dither {round}".encode()).digest()
-
-
 # --- a round
 
 

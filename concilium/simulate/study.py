@@ -23,7 +23,6 @@ from concilium.simulate.silos import (
     Pool,
     RoundTask,
     UnionTask,
-    dither_key,
     execution_of,
     train_round,
     union,
@@ -34,8 +33,9 @@ from coordinator.aggregation import unbiased
 from diffusion.calibration import calibrate
 from diffusion.loss import fixed_loss
 from diffusion.model import build_model, initialise, load_vector, parameter_layout, to_vector
+from silo.jobs.round import rounding_key
 from study.encoding import next_clips
-from study.quantity import RoundWork, delta_encoding
+from study.quantity import RoundWork, delta_encoding, encode_work
 from study.strategies import RoundRecord
 
 Json = dict[str, Any]
@@ -206,6 +206,8 @@ class Study:
         carried = np.zeros((federation.size, given.size), np.float32)
         if residual is not None:
             carried[:] = residual
+        model = hashlib.sha256(given.astype("<f4").tobytes()).digest()
+        key = rounding_key(encode_work(work), model.hex())
         vectors = {index: encoding.zeros() for index in range(1, federation.size + 1)}
         for index, change in changes.items():
             encoded = encoding.encode(
@@ -213,10 +215,10 @@ class Study:
                 carried[index - 1].copy(),
                 count=federation.counts[index - 1],
                 loss=losses[index],
-                key=dither_key(federation.secrets[index - 1], number),
+                key=key,
+                silo=index,
             )
             vectors[index], carried[index - 1] = encoded.vector, encoded.residual
-        model = hashlib.sha256(given.astype("<f4").tobytes()).digest()
         decoded = encoding.decode(self._secure.sum(work, number, vectors, model=model))
         clips = next_clips(decoded.mean_delta, encoding, parts=plan.strategy.parts)
         return {

@@ -178,14 +178,14 @@ def _encode(order: TrainRound, work: RoundWork, plan: Plan, delta: Vector, loss:
         residual,
         count=order.count,
         loss=loss,
-        key=rounding_key(order),
+        key=rounding_key(order.work, order.model.name),
         silo=order.silo,
         consume=True,
     )
 
 
-def rounding_key(order: TrainRound) -> bytes:
-    """The same at all silos of a round: by its work and its input model, which has the digest that
-    is its file's name."""
-    parts = b"concilium/rounding", order.work, order.model.name.encode()
+def rounding_key(work: bytes, model: str) -> bytes:
+    """The same at all silos of a round: by its work and the SHA-256 of its input model, in
+    hexadecimal, which is its file's name."""
+    parts = b"concilium/rounding", work, model.encode()
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
