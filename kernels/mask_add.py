@@ -325,8 +325,10 @@ def mask_add(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(words, carried, counts) of delta + residual, float32 ``(n,)`` each.
 
-    ``rounding_key``: 32 fresh random bytes, uint8 ``(32,)``. ``keys``: uint8 ``(N, 32)``, each for
-    one vector only; N = 0 quantises without masks. ``signs``: +1 or -1, int64 ``(N,)``.
+    ``rounding_key``: 32 fresh random bytes, uint8 ``(32,)``: never the key that silos share in
+    ``docs/secure-sum.md``, whose offset for each silo is not built here. ``keys``: uint8
+    ``(N, 32)``, each for one vector only; N = 0 quantises without masks. ``signs``: +1 or -1,
+    int64 ``(N,)``.
 
     ``words``: int8, int16 or int32 ``(n,)``, the two's complement of the unsigned ring elements.
     ``carried``: float32 ``(n,)``, what the words leave out. ``counts``: int64 ``(2,)``, the
