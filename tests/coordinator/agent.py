@@ -162,6 +162,8 @@ class TestSilo:
         self.ended: dict[str, pb.StudyEnded] = {}
         self.samples = b""
         """Those that the last evaluation was of."""
+        self.features: np.ndarray[Any, Any] | None = None
+        """Of this silo's images, (n, d) about the network's center; drawn where there are none."""
         self.errors: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -366,9 +368,9 @@ class TestSilo:
                 return evaluation_encoding(work, roster.size).encode(measures)
             case MomentsWork():
                 d = work.dimension
-                features = rng.normal(1, 1, (count, d))
+                features = rng.normal(1, 1, (count, d)) if self.features is None else self.features
                 outer = (features.T @ features)[np.triu_indices(d)]
-                values = np.concatenate([[count], features.sum(axis=0), outer])
+                values = np.concatenate([[len(features)], features.sum(axis=0), outer])
                 return moments_encoding(work, roster.size).encode(values / work.total_count)
 
 

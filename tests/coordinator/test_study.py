@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator import admin
+from coordinator import admin, jobs
+from diffusion.execution import choose_execution
+from diffusion.features.network import load_feature_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.labels import classes_of
-from diffusion.model import load_pipeline
-from tests.coordinator.agent import TestSilo, Vanish, nothing
+from diffusion.model import build_model, load_pipeline, load_vector
+from diffusion.sampling import sample
+from study.plan import load_plan
+from tests.coordinator.agent import COUNTS, TestSilo, Vanish, nothing
 from tests.coordinator.federation import Federation
 
 
@@ -207,6 +212,25 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
         assert kinds == ["round", "decision", "round", "decision", "correction", "evaluation"]
 
 
+def features_of_the_first_model(plan_text: str, images: int, folder: Path) -> np.ndarray[Any, Any]:
+    """Of images that the first model draws, about the network's center: float64 (images, d)."""
+    plan, path = load_plan(plan_text), folder / "first.f32"
+    jobs.first_model(plan_text, path)
+    model = build_model(plan.model)
+    load_vector(model, np.fromfile(path, dtype="<f4"))
+    drawn = sample(
+        model,
+        images,
+        schedule=plan.schedule,
+        objective=plan.objective,
+        sampler=plan.sampler,
+        seed=plan.study.seed,
+        execution=choose_execution("cpu", 1),
+    )
+    network = load_feature_network("digits")
+    return network.extract(drawn).astype(np.float64) - network.public_center()
+
+
 async def test_a_last_correction_that_does_harm_is_not_published(tmp_path: Path) -> None:
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()
@@ -216,7 +240,12 @@ async def test_a_last_correction_that_does_harm_is_not_published(tmp_path: Path)
         harmful = "correction_steps = 2\ncorrection_learning_rate = 1.0"
         text = plan.read_text()
         assert "correction_steps = 2" in text
-        plan.write_text(text.replace("correction_steps = 2", harmful))
+        text = text.replace("correction_steps = 2", harmful)
+        plan.write_text(text)
+        # The silos' images look like what the first model draws, from which the silos' deltas (some
+        # 0.01 a weight) lead hardly away, and the correction (1.0 a weight and step) far.
+        for silo in silos:
+            silo.features = features_of_the_first_model(text, COUNTS[silo.name], tmp_path)
         study = admin.start_study(federation.home, plan)
         await federation.until(lambda: federation.study(study).state == "finished", 150)
 
