@@ -95,7 +95,7 @@ class Place:
         return Quantities(self.home, self.study, PLAN, self.config, worker, 1)
 
     async def prepare(self, context: SessionContext, work: Work) -> bytes:
-        artifact = self.study.path / "artifact"
+        artifact = self.study.artifacts / context.model.hex()
         proposal = Proposal(context, work)
         vector = await self.quantities().prepare(proposal, ROSTER, [artifact], lambda _: None)
         return vector.read_bytes()
@@ -166,6 +166,23 @@ async def test_what_was_computed_for_other_proposals_does_not_pile_up(place: Pla
     assert folders == {"round-3", "census-1"}
     left = {path.name for path in place.study.work.glob("*.checkpoint")}
     assert left == {f"round-{r}-{(b'n' * 32).hex()}.checkpoint" for r in (2, 3)}
+
+
+async def test_models_whose_hashes_differ_in_the_last_bit_alone_share_no_checkpoint(
+    place: Place,
+) -> None:
+    """Two that share 64 bits are found by 2³² trials: training begun from one of them must not go
+    on in a session of the other."""
+    checkpoints: list[Path] = []
+    for session, last in ((1, b"\x00"), (2, b"\x01")):
+        context = context_of(ROUND, session=session, model=b"m" * 31 + last)
+        await place.prepare(context, ROUND)
+        (checkpoint,) = {o.checkpoint for o in place.worker.orders if isinstance(o, TrainRound)} - {
+            *checkpoints
+        }
+        assert not any(earlier.exists() for earlier in checkpoints), "nor is it left behind"
+        checkpoint.touch()
+        checkpoints.append(checkpoint)
 
 
 async def test_the_residual_is_replaced_only_by_an_outcome_that_includes_us(place: Place) -> None:
