@@ -92,7 +92,7 @@ def masks_have_the_bits_of_the_cpu(device: str = "cuda", n: int = 300_001) -> st
         for where in ("cpu", device):
             quantiser = kernels.Quantiser.of(
                 ring=ring, sizes=[n - 7, 7], clips=[2.0**-6, 2.0**-4], count=3, total_count=7,
-                scale=2 ** (ring - 1) - 9, device=where,
+                scale=2 ** (ring - 1) - 9, silo=4, device=where,
             )  # fmt: skip
             made = kernels.mask_add(
                 delta.to(where), residual.to(where), quantiser, signs=signs.to(where),

@@ -4,8 +4,9 @@
     q      = floor(clip(wanted * up_l, -limit, limit) + u)     up_l = w S / c_l, tensor l
     out    = q + sum_k sign_k keystream(key_k)  mod 2^b        carried = wanted - q down_l
 
-u is made of the ChaCha20 stream of the rounding key: 16 bits an element and float32 arithmetic for
-b = 8 and 16, 32 bits and float64 for b = 32. Element e is masked with bytes e b/8 ... (e + 1) b/8 -
+u is made of the ChaCha20 stream of the rounding key, XORed with the silo's point
+(`Quantiser.of`): 16 bits an element and float32 arithmetic for b = 8 and 16, 32 bits and float64
+for b = 32. Element e is masked with bytes e b/8 ... (e + 1) b/8 -
 1 of each keystream, little-endian (docs/secure-sum.md, *Masks*).
 
 On a GPU b = 8 takes two launches, one to quantise and one to mask.
@@ -100,6 +101,7 @@ def _mask_add_kernel(  # type: ignore[no-untyped-def]
     up,
     down,
     bounds,
+    point,
     rounding_key,
     keys,
     signs,
@@ -124,14 +126,17 @@ def _mask_add_kernel(  # type: ignore[no-untyped-def]
     counter = counter + tl.arange(0, LANES).to(tl.uint32)
     if QUANTISE:
         REAL: tl.constexpr = tl.float64 if RING == 32 else tl.float32
+        own = tl.load(point).to(tl.uint32, bitcast=True)
         if RING == 32:
-            bits = keystream_block(rounding_key, counter)
+            bits = keystream_block(rounding_key, counter) ^ own
             u = bits.to(tl.float64) * 2.3283064365386963e-10
         elif RING == 16:
-            u = _halves(keystream_block(rounding_key, counter)).to(tl.float32) * 1.52587890625e-05
+            bits = _halves(keystream_block(rounding_key, counter) ^ own)
+            u = bits.to(tl.float32) * 1.52587890625e-05
         else:  # 16 bits an element: two blocks of dither for one of masks
             twice = program.to(tl.uint32) * (2 * LANES) + tl.arange(0, 2 * LANES).to(tl.uint32)
-            u = _halves(keystream_block(rounding_key, twice)).to(tl.float32) * 1.52587890625e-05
+            bits = _halves(keystream_block(rounding_key, twice) ^ own)
+            u = bits.to(tl.float32) * 1.52587890625e-05
         wanted = tl.load(delta + at, mask=inside, other=0.0)
         wanted = (wanted + tl.load(residual + at, mask=inside, other=0.0)).to(REAL)
         tensor = _tensor_of(at, ends, n_tensors, SEARCH)
@@ -161,7 +166,7 @@ def _launch_mask_add(
     rounding: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Add masks to `words`, or fill it: `rounding` is (delta, residual, carried, ends, up, down,
-    bounds, rounding key). Returns the numbers of clipped and of not finite elements.
+    bounds, point, rounding key). Returns the numbers of clipped and of not finite elements.
     """
     ring = _RINGS[words.dtype]
     per_block = 8 * BLOCK_BYTES // ring
@@ -170,13 +175,14 @@ def _launch_mask_add(
     lanes = _LANES_8 if apart else _LANES
     programs = triton.cdiv(skip + words.numel(), lanes * per_block)
     partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
-    delta, residual, carried, ends, up, down, bounds, rounding_key = rounding or (None,) * 8
+    given = rounding or (None,) * 9
+    delta, residual, carried, ends, up, down, bounds, point, rounding_key = given
     n_tensors = 0 if ends is None else ends.numel()
     if words.numel():
         with on_device_of(words):
             _mask_add_kernel[(programs,)](
-                words, delta, residual, carried, partial, ends, up, down, bounds, rounding_key,
-                keys, signs, 0 if apart else keys.shape[0], n_tensors, words.numel(),
+                words, delta, residual, carried, partial, ends, up, down, bounds, point,
+                rounding_key, keys, signs, 0 if apart else keys.shape[0], n_tensors, words.numel(),
                 first // per_block, skip, QUANTISE=rounding is not None, RING=ring,
                 SEARCH=n_tensors.bit_length(), LANES=lanes, enable_fp_fusion=False,
             )  # fmt: skip
@@ -219,7 +225,7 @@ def _round_reference(
 
 def mask_add_reference(
     words: Tensor, delta: Tensor, residual: Tensor, carried: Tensor, ends: Tensor, up: Tensor,
-    down: Tensor, bounds: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
+    down: Tensor, bounds: Tensor, point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
 ) -> Tensor:  # fmt: skip
     """Fill `words` and `carried`; the numbers of clipped and of not finite elements."""
     counts = torch.zeros(2, dtype=torch.int64, device=words.device)
@@ -228,7 +234,8 @@ def mask_add_reference(
         part = slice(start, start + _CHUNK)
         size = words[part].numel()
         dither = torch.int32 if wide else torch.int16
-        bits = _stream_elements(rounding_key, start, size, dither).to(torch.int64)
+        bits = _stream_elements(rounding_key, start, size, dither)
+        bits = (bits ^ point.view(dither)[:1]).to(torch.int64)
         bits &= 0xFFFFFFFF if wide else 0xFFFF
         at = torch.arange(start, start + size, device=words.device)
         tensor = torch.bucketize(at, ends, right=True)
@@ -247,11 +254,22 @@ def mask_add_reference(
 @torch.library.custom_op("concilium::mask_add", mutates_args=(), device_types="cpu")
 def _mask_add(
     delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
-    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+    point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
     counts = mask_add_reference(
-        words, delta, residual, carried, ends, up, down, bounds, rounding_key, keys, signs
+        words,
+        delta,
+        residual,
+        carried,
+        ends,
+        up,
+        down,
+        bounds,
+        point,
+        rounding_key,
+        keys,
+        signs,
     )
     return words, carried, counts
 
@@ -259,17 +277,17 @@ def _mask_add(
 @_mask_add.register_kernel("cuda")
 def _mask_add_cuda(
     delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
-    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+    point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
-    rounding = (delta, residual, carried, ends, up, down, bounds, rounding_key)
+    rounding = (delta, residual, carried, ends, up, down, bounds, point, rounding_key)
     return words, carried, _launch_mask_add(words, keys, signs, rounding=rounding)
 
 
 @_mask_add.register_fake
 def _mask_add_fake(
     delta: Tensor, residual: Tensor, ends: Tensor, up: Tensor, down: Tensor, bounds: Tensor,
-    rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
+    point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     words = torch.empty_like(delta, dtype=RING_DTYPES[ring])
     return words, torch.empty_like(delta), delta.new_empty(2, dtype=torch.int64)
@@ -325,10 +343,9 @@ def mask_add(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(words, carried, counts) of delta + residual, float32 ``(n,)`` each.
 
-    ``rounding_key``: 32 fresh random bytes, uint8 ``(32,)``: never the key that silos share in
-    ``docs/secure-sum.md``, whose offset for each silo is not built here. ``keys``: uint8
-    ``(N, 32)``, each for one vector only; N = 0 quantises without masks. ``signs``: +1 or -1,
-    int64 ``(N,)``.
+    ``rounding_key``: 32 bytes, uint8 ``(32,)``, the same for all silos of a sum and different ones
+    for each sum, no secret (``docs/secure-sum.md``, *D: a delta*). ``keys``: uint8 ``(N, 32)``,
+    each for one vector only; N = 0 quantises without masks. ``signs``: +1 or -1, int64 ``(N,)``.
 
     ``words``: int8, int16 or int32 ``(n,)``, the two's complement of the unsigned ring elements.
     ``carried``: float32 ``(n,)``, what the words leave out. ``counts``: int64 ``(2,)``, the
@@ -351,7 +368,8 @@ def mask_add(
     _check_length(op, delta.numel(), max(2, quantiser.ring // 8))
     words, carried, counts = _mask_add(
         delta.detach(), residual.detach(), quantiser.ends, quantiser.up, quantiser.down,
-        quantiser.bounds, _as_words(rounding_key), _as_words(keys), signs, quantiser.ring,
+        quantiser.bounds, quantiser.point, _as_words(rounding_key), _as_words(keys), signs,
+        quantiser.ring,
     )  # fmt: skip
     return words, carried, counts
 

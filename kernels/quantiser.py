@@ -26,6 +26,8 @@ class Quantiser:
     """c_l / (w S)."""
     bounds: Tensor
     """(limit, the magnitude beyond which an element counts as clipped)."""
+    point: Tensor
+    """What the rounding key's stream is XORed with, one 32-bit word, int32 (1,): the silo's own."""
 
     @classmethod
     def of(
@@ -37,10 +39,13 @@ class Quantiser:
         count: int,
         total_count: int,
         scale: int,
+        silo: int = 1,
         device: torch.device | str = "cpu",
     ) -> Quantiser:
         """For tensors of `sizes` clipped at `clips`, weight w = `count` / `total_count`, S =
-        `scale`; the arithmetic is that of `study.encoding.Encoding`.
+        `scale`; the arithmetic is that of `study.encoding.Encoding`. `silo` is the roster index,
+        1 ... N, by which silos that share a rounding key round differently (docs/secure-sum.md,
+        *D: a delta*).
         """
         if ring not in RING_DTYPES:
             raise ValueError(f"mask_add: ring must be 8, 16 or 32, got {ring}")
@@ -50,6 +55,8 @@ class Quantiser:
             raise ValueError(
                 f"mask_add: count {count} of {total_count} or scale {scale} is out of range"
             )
+        if silo < 1:
+            raise ValueError(f"mask_add: silo is {silo}, not a roster index 1 ... N")
         share = count * scale / total_count
         limit = _limit(share, -(-count * scale // total_count), wide=ring == 32)
         real = torch.float64 if ring == 32 else torch.float32
@@ -63,7 +70,18 @@ class Quantiser:
             up=on_device([share / clip for clip in clips]),
             down=on_device([clip / share for clip in clips]),
             bounds=on_device([limit, share * (1 + 1e-6)]),
+            point=on_device([_point(silo, wide=ring == 32)], torch.int32),
         )
+
+
+def _point(silo: int, *, wide: bool) -> int:
+    """The bits of floor((i - 1) / 2) in reverse, for even i their complement: the sums of silos'
+    roundings stay close (van der Corput; docs/secure-sum.md). As a signed word, or two halves."""
+    bits = 32 if wide else 16
+    point = int(f"{(silo - 1) // 2:0{bits}b}"[::-1], 2)
+    point = point if silo % 2 else point ^ (1 << bits) - 1
+    word = point if wide else point | point << 16
+    return word - (1 << 32) if word >> 31 else word
 
 
 def _limit(share: float, most: int, *, wide: bool) -> float:

@@ -179,7 +179,7 @@ def _masks() -> Iterator[Launch]:
             ring=ring, sizes=[64] * 200, clips=[1.0] * 200, count=1, total_count=4, scale=100
         )
         real = torch.empty(3, n)
-        given = (*real, made.ends, made.up, made.down, made.bounds, keys[0])
+        given = (*real, made.ends, made.up, made.down, made.bounds, made.point, keys[0])
         words = torch.empty(n, dtype=dtype)
         yield Launch(
             f"mask_add/quantise and mask {ring}",

@@ -36,7 +36,7 @@ def _session(ring, seed):
     return encoding, delta, residual, count, _bytes(rng, 32), _bytes(rng, len(signs), 32), signs
 
 
-def _quantiser(encoding, count):
+def _quantiser(encoding, count, silo=1):
     return kernels.Quantiser.of(
         ring=encoding.ring,
         sizes=encoding.sizes,
@@ -44,6 +44,7 @@ def _quantiser(encoding, count):
         count=count,
         total_count=encoding.total_count,
         scale=encoding.scale,
+        silo=silo,
     )
 
 
@@ -55,7 +56,9 @@ def _mask_keys(keys, signs):
 @pytest.mark.parametrize("ring", [8, 16, 32])
 def test_the_bytes_are_those_of_the_silo_s_cpu_path(ring, seed):
     encoding, delta, residual, count, rounding_key, keys, signs = _session(ring, seed)
-    cpu = encoding.encode(delta, residual, count=count, loss=0.25, key=rounding_key.tobytes())
+    silo = seed % 3 + 1 if seed < 5 else encoding.silos
+    rounding = {"count": count, "key": rounding_key.tobytes(), "silo": silo}
+    cpu = encoding.encode(delta, residual, loss=0.25, **rounding)
     want = cpu.vector.copy()
     apply_masks(want, _mask_keys(keys, signs))
 
@@ -63,7 +66,7 @@ def test_the_bytes_are_those_of_the_silo_s_cpu_path(ring, seed):
     words, carried, counts = kernels.mask_add(
         torch.from_numpy(delta),
         torch.from_numpy(residual),
-        _quantiser(encoding, count),
+        _quantiser(encoding, count, silo),
         rounding_key=torch.from_numpy(rounding_key),
         **masks,
     )
@@ -129,7 +132,7 @@ def test_a_keystream_ends_after_2_to_the_32_blocks():
     with pytest.raises(ValueError, match="2\\^32 blocks"):
         kernels.mask_add(
             long, long, kernels.Quantiser(8, *(x.to("meta") for x in (
-                quantiser.ends, quantiser.up, quantiser.down, quantiser.bounds))),
+                quantiser.ends, quantiser.up, quantiser.down, quantiser.bounds, quantiser.point))),
             rounding_key=torch.empty(32, dtype=torch.uint8, device="meta"), **on_meta,
         )  # fmt: skip
 
@@ -187,5 +190,12 @@ def test_opcheck():
     sign = torch.from_numpy(signs)
     torch.library.opcheck(torch.ops.concilium.add_masks_.default, (words, key, sign, 3))
     arguments = (torch.from_numpy(delta), torch.from_numpy(residual), q.ends, q.up, q.down)
-    arguments += (q.bounds, torch.from_numpy(rounding_key).view(torch.int32), key, sign, 16)
+    arguments += (
+        q.bounds,
+        q.point,
+        torch.from_numpy(rounding_key).view(torch.int32),
+        key,
+        sign,
+        16,
+    )
     torch.library.opcheck(torch.ops.concilium.mask_add.default, arguments)

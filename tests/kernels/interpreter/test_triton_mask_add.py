@@ -81,8 +81,9 @@ def test_quantised_and_masked(ring, sizes):
     n = sum(sizes)
     clips = [2.0 ** (i % 5 - 6) for i in range(len(sizes))]
     quantiser = Quantiser.of(
-        ring=ring, sizes=sizes, clips=clips, count=37, total_count=101, scale=2 ** (ring - 1) - 9
-    )
+        ring=ring, sizes=sizes, clips=clips, count=37, total_count=101, scale=2 ** (ring - 1) - 9,
+        silo=len(sizes) + 1,
+    )  # fmt: skip
     keys, signs = _keys(2)
     rounding_key = keys[0].flip(0)
     delta, residual = torch.randn(n) * 0.02, torch.randn(n) * 1e-3
@@ -93,7 +94,7 @@ def test_quantised_and_masked(ring, sizes):
     for kernel in (True, False):
         words = torch.full((n,), 77, dtype=RING_DTYPES[ring])
         carried = torch.full((n,), 77.0)
-        given = (delta, residual, carried, q.ends, q.up, q.down, q.bounds, rounding_key)
+        given = (delta, residual, carried, q.ends, q.up, q.down, q.bounds, q.point, rounding_key)
         if kernel:
             counts = _launch_mask_add(words, keys, signs, rounding=given)
         else:
