@@ -18,12 +18,14 @@ from diffusion.training import train
 from silo.auxiliary import derived_seed
 
 Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Task:
     point: Point
     images: Images
+    labels: Labels | None
     index: int
     rounds: tuple[int, ...]
 
@@ -31,24 +33,28 @@ class _Task:
 def train_alone(
     point: Point,
     common: Mapping[str, Any],
-    sets: Sequence[Images],
+    sets: Sequence[tuple[Images, Labels | None]],
     rounds: Sequence[int],
     memo: Memo,
     pool: Pool,
 ) -> list[NDArray[np.float32]]:
-    """For each set of images the moving averages [len(rounds), n] of a model's weights after as
-    many steps as a silo has taken in those rounds; the optimiser is never restarted."""
+    """For each set of images, with labels where the model is conditional, the moving averages
+    [len(rounds), n] of a model's weights after as many steps as a silo has taken in those rounds;
+    the optimiser is never restarted."""
     plan = point.plan
     inputs = {
         **common,
         "what": "alone",
-        "images": digest_array(*sets),
+        "images": digest_array(*(images for images, _ in sets)),
         "optimizer": plan.optimizer.model_dump(mode="json"),
         "rounds": list(rounds),
         "steps": plan.rounds.local_steps,
         "seed": point.seed,
     }
-    tasks = [_Task(point, images, index, tuple(rounds)) for index, images in enumerate(sets, 1)]
+    known = [labels for _, labels in sets if labels is not None]
+    if known:
+        inputs["labels"] = digest_array(*known)
+    tasks = [_Task(point, *given, index, tuple(rounds)) for index, given in enumerate(sets, 1)]
 
     def compute() -> Arrays:
         return {f"silo-{k:03}": weights for k, weights in enumerate(pool.map(_train, tasks), 1)}
@@ -70,6 +76,7 @@ def _train(task: _Task) -> NDArray[np.float32]:
     result = train(
         model,
         task.images,
+        labels=task.labels,
         steps=steps * task.rounds[-1],
         schedule=plan.schedule,
         objective=plan.objective,

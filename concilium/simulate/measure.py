@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concilium.simulate.memo import Memo, digest_array
+from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.silos import Federation
 from concilium.simulate.spec import Simulation
+from diffusion.classifier import synthetic_to_real
 from diffusion.coverage import covered, neighbour_radii
 from diffusion.execution import Execution
 from diffusion.features.network import load_feature_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import fid, kid, moments
+from diffusion.labels import even_labels
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
 from study.plan import Plan
@@ -69,12 +71,32 @@ class Ruler:
         self._center = self._network.public_center().astype(np.float64)
         self._by_silo = [self._network.extract(images) for images in federation.images]
         self._real = np.concatenate(self._by_silo)
+        self._real_labelled = np.concatenate(federation.images), np.concatenate(federation.labels)
         self._radii = neighbour_radii(self._real)
         self._moments = moments(self._real, self._center)
 
     def of_model(self, model: Vector) -> Measured:
         """Of samples of one model."""
         return self.of_models([model])
+
+    def accuracy_of_model(self, model: Vector) -> float:
+        """Of a classifier that is trained on samples of a conditional model, on all real images
+        (`diffusion.classifier`)."""
+        evaluation, classes = self._evaluation, self._plan.model.classes
+        if evaluation is None or classes is None:
+            raise ValueError("the plan has no [evaluation], or its model no classes")
+        labels, inputs = even_labels(evaluation.samples, classes), self._samples_of(model)
+        inputs |= {"what": "accuracy", "samples": evaluation.samples}
+
+        def compute() -> Arrays:
+            drawn = self._images(model, evaluation.samples, _FIRST_MEASURED)
+            return {
+                "accuracy": np.array(
+                    synthetic_to_real((drawn, labels), self._real_labelled, classes)
+                )
+            }
+
+        return float(self._memo.get(inputs, compute)["accuracy"])
 
     def of_models(self, models: Sequence[Vector]) -> Measured:
         """Of the samples of several models together, equally many of each."""
@@ -110,12 +132,25 @@ class Ruler:
         )
 
     def _features(self, model: Vector, n: int, first: int = _FIRST_MEASURED) -> Vector:
-        plan = self._plan
         inputs = {
+            **self._samples_of(model),
             "what": "features of samples",
-            "weights": digest_array(model),
             "network": self._evaluation and self._evaluation.sha256,
             "samples": n,
+        }
+        if first != _FIRST_MEASURED:
+            inputs["first"] = first
+
+        def compute() -> Arrays:
+            return {"features": self._network.extract(self._images(model, n, first))}
+
+        return self._memo.get(inputs, compute)["features"]
+
+    def _samples_of(self, model: Vector) -> dict[str, Any]:
+        """What samples of a model depend on besides their number."""
+        plan = self._plan
+        return {
+            "weights": digest_array(model),
             "seed": plan.study.seed,
             "precision": self._precision,
             **{
@@ -123,15 +158,12 @@ class Ruler:
                 for part in ("model", "schedule", "objective", "sampler")
             },
         }
-        if first != _FIRST_MEASURED:
-            inputs["first"] = first
-        found = self._memo.get(inputs, lambda: {"features": self._drawn(model, n, first)})
-        return found["features"]
 
-    def _drawn(self, model: Vector, n: int, first: int) -> Vector:
+    def _images(self, model: Vector, n: int, first: int) -> Images:
+        classes = self._plan.model.classes
         network = build_model(self._plan.model)
         load_vector(network, model)
-        images = sample(
+        return sample(
             network,
             n,
             schedule=self._plan.schedule,
@@ -139,6 +171,6 @@ class Ruler:
             sampler=self._plan.sampler,
             seed=self._plan.study.seed,
             execution=self._execution,
+            labels=None if classes is None else even_labels(n, classes),
             first_index=first,
         )
-        return self._network.extract(images)

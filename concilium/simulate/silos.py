@@ -18,20 +18,32 @@ from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from diffusion.audit import audit
 from diffusion.execution import Execution, choose_execution
+from diffusion.labels import drawn_labels
 from diffusion.model import build_model
 from silo.auxiliary import derived_seed
-from silo.jobs.local import draw
+from silo.jobs.local import draw, label_weights
 from silo.jobs.round import train_from
 from silo.jobs.warm_up import warm_up
 from study.integers import coarse_count
+from study.plan import Plan
 from study.quantity import ImagesWork, TagsWork
-from study.reservation import Reservation, collect, images_vector, renumber, reserve, share
+from study.reservation import (
+    Reservation,
+    collect,
+    images_vector,
+    renumber,
+    reserve,
+    share,
+    split_labels,
+    with_labels,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
 Words = TypeVar("Words", NDArray[np.uint8], NDArray[np.uint32])
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
 
 _MOST_DRAWS_PER_IMAGE = 4
 
@@ -56,7 +68,7 @@ class Federation:
     """Silos 1 … N: their images, and the counts that they would tell."""
 
     images: tuple[Images, ...]
-    labels: tuple[NDArray[np.int64], ...]
+    labels: tuple[Labels, ...]
     secrets: tuple[bytes, ...]
     """What each silo draws from the system's entropy, here a function of the simulation's seed."""
 
@@ -84,6 +96,10 @@ class Federation:
     def shares(self) -> tuple[float, ...]:
         """w_i = ñ_i / Σñ."""
         return tuple(count / self.total for count in self.counts)
+
+    def labels_for(self, plan: Plan) -> tuple[Labels | None, ...]:
+        """What each silo trains with: its labels, where the plan's model is conditional."""
+        return (None,) * self.size if plan.model.classes is None else self.labels
 
     @cached_property
     def digest(self) -> str:
@@ -134,6 +150,8 @@ class RoundTask:
     secret: bytes
     given: Vector
     images: Images
+    labels: Labels | None
+    """Where the model is conditional."""
     own_control: Vector | None
 
 
@@ -145,6 +163,7 @@ def train_round(task: RoundTask) -> Arrays:
         plan,
         task.given,
         task.images,
+        labels=task.labels,
         round=task.round,
         seed=derived_seed(task.secret, f"round {task.round}"),
         execution=execution_of(task.point.simulation.precision),
@@ -174,13 +193,15 @@ class _SiloTask:
     point: Point
     secret: bytes
     images: Images
+    labels: Labels | None
     wanted: int
     weights: Vector | None = None
 
 
 def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> Arrays:
-    """{images}: those of all silos, in the order of their random slots, uint8 (n, c, h, w); and
-    {tag_bytes, image_bytes}: how long the vector of each of the two sums was."""
+    """{images}: those of all silos, in the order of their random slots, uint8 (n, c, h, w), with
+    {labels} where the model is conditional; and {tag_bytes, image_bytes}: how long the vector of
+    each of the two sums was."""
     plan, federation = task.point.plan, task.federation
     if plan.auxiliary is None or plan.warm_up is None:
         raise ValueError("the plan has no [auxiliary] and [warm_up]")
@@ -201,10 +222,9 @@ def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> 
 
     def compute() -> Arrays:
         wanted = [share(images, n, federation.total) for n in federation.counts]
-        tasks = [
-            _SiloTask(task.point, secret, own, want)
-            for secret, own, want in zip(federation.secrets, federation.images, wanted, strict=True)
-        ]
+        labels = federation.labels_for(plan)
+        silos = zip(federation.secrets, federation.images, labels, wanted, strict=True)
+        tasks = [_SiloTask(task.point, *silo) for silo in silos]
         models = memo.get(local, lambda: {"weights": np.stack(pool.map(_warm_up, tasks))})
         tasks = [replace(t, weights=w) for t, w in zip(tasks, models["weights"], strict=True)]
         return unite(pool.map(_draw, tasks), task, secure)
@@ -215,11 +235,14 @@ def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> 
 def _warm_up(task: _SiloTask) -> Vector:
     execution = execution_of(task.point.simulation.precision)
     seed = derived_seed(task.secret, "local model")
-    return warm_up(task.point.plan, task.images, seed=seed, execution=execution).weights
+    return warm_up(
+        task.point.plan, task.images, labels=task.labels, seed=seed, execution=execution
+    ).weights
 
 
 def _draw(task: _SiloTask) -> Images:
-    """As many audited samples as wanted, or as the audit lets through."""
+    """As many audited samples as wanted, or as the audit lets through; of a conditional model
+    each after its label, and labels as often as this silo has them."""
     plan, execution = task.point.plan, execution_of(task.point.simulation.precision)
     if plan.auxiliary is None or task.weights is None:
         raise ValueError("the plan has no [auxiliary]")
@@ -229,9 +252,12 @@ def _draw(task: _SiloTask) -> Images:
     while found < task.wanted and drawn < _MOST_DRAWS_PER_IMAGE * task.wanted + 16:
         missing = task.wanted - found
         n = missing + missing // 8 + 8
-        samples = draw(plan, task.weights, n, drawn, seed, execution)
+        labels = None
+        if task.labels is not None:
+            labels = drawn_labels(label_weights(task.labels), n, seed=seed, first_index=drawn)
+        samples = draw(plan, task.weights, n, drawn, seed, execution, labels)
         keep, _ = audit(samples, task.images, quantile=plan.auxiliary.audit_quantile)
-        kept.append(samples[keep])
+        kept.append(samples[keep] if labels is None else with_labels(samples[keep], labels[keep]))
         drawn, found = drawn + n, found + int(keep.sum())
     return np.concatenate(kept)[: task.wanted]
 
@@ -257,14 +283,21 @@ def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) 
     if secure is None:
         summed = _plain_sum(list(records.values()))
         sent["image_bytes"] = np.array(summed.nbytes)
-        return {"images": collect(summed, plan.data.shape), **sent}
+        return {**_collected(summed, plan), **sent}
     name = hashlib.sha256(total.tobytes()).digest()
     occupied, size = len(renumber(total)), 1 + samples[0][0].size
     images_work = ImagesWork(tags=name.hex(), occupied=occupied, record_size=size)
     survivors = tuple(sorted(records))
     summed = secure.sum(images_work, 1, records, reservation=name, survivors=survivors)
     sent["image_bytes"] = np.array(summed.nbytes)
-    return {"images": collect(summed, plan.data.shape), **sent}
+    return {**_collected(summed, plan), **sent}
+
+
+def _collected(total: NDArray[np.uint8], plan: Plan) -> Arrays:
+    if plan.model.classes is None:
+        return {"images": collect(total, plan.data.shape)}
+    images, labels = split_labels(collect(total, (plan.record_size - 1,)), plan.data.shape)
+    return {"images": images, "labels": labels}
 
 
 def _plain_sum(vectors: Sequence[Words]) -> Words:

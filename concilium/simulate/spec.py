@@ -132,9 +132,11 @@ class Sweep:
         simulation = self.simulation.model_copy(update={**changes, "run": (), "seeds": (seed,)})
         try:
             plan = load_plan(merged)
-            if plan.model.classes is not None:
+            if plan.model.classes is not None and run.training == "local":
                 raise PlanError(
-                    "model.classes", "simulations are of unconditional models: leave it out"
+                    "training",
+                    '"local" needs an unconditional model, since the model of one silo knows the '
+                    "classes of that silo alone: leave out model.classes",
                 )
             if simulation.secure_sum and run.training == "federated":
                 plan.validate_roster(simulation.silos)

@@ -41,6 +41,9 @@ from study.strategies import RoundRecord
 Json = dict[str, Any]
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+Labelled = tuple[Images, Labels | None]
+"""Images, with their labels where the model is conditional."""
 
 
 class Study:
@@ -61,6 +64,8 @@ class Study:
                 for part in ("model", "schedule", "objective")
             },
         }
+        if point.plan.model.classes is not None:
+            self._common["labels"] = digest_array(*federation.labels)
         self._secure = (
             SecureSum(point.plan, federation.names) if point.simulation.secure_sum else None
         )
@@ -70,12 +75,12 @@ class Study:
         auxiliary = None
         if self._plan.strategy.correction or self._point.training == "auxiliary":
             union = self._auxiliary()
-            auxiliary = union["images"]
+            auxiliary = union["images"], union.get("labels")
             yield {
                 "event": "auxiliary",
-                "images": len(auxiliary),
+                "images": len(union["images"]),
                 **{name: int(union[name]) for name in ("tag_bytes", "image_bytes")},
-                **self._ruler.of_images(auxiliary).line(),
+                **self._ruler.of_images(union["images"]).line(),
             }
         if self._point.training == "federated":
             yield from self._rounds(auxiliary)
@@ -84,7 +89,7 @@ class Study:
 
     # --- federated rounds
 
-    def _rounds(self, auxiliary: Images | None) -> Iterator[Json]:
+    def _rounds(self, auxiliary: Labelled | None) -> Iterator[Json]:
         plan = self._plan
         network = build_model(plan.model)
         initialise(network, plan.study.seed)
@@ -120,7 +125,8 @@ class Study:
             if self._is_evaluated(number):
                 measured = self._ruler.of_model(model)
                 digest = hashlib.sha256(model.astype("<f4").tobytes()).hexdigest()
-                yield self._evaluation(number, measured, {**steps, "model": digest})
+                also = {**steps, "model": digest, **self._accuracy(model, number)}
+                yield self._evaluation(number, measured, also)
 
     def _round(
         self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]
@@ -148,6 +154,7 @@ class Study:
         control = kept.get("control")
         if control is None and plan.strategy.local_rules().control:
             control = np.zeros((federation.size, given.size // 2), np.float32)
+        labels = federation.labels_for(plan)
         tasks = [
             RoundTask(
                 self._point,
@@ -155,6 +162,7 @@ class Study:
                 federation.secrets[index - 1],
                 given,
                 federation.images[index - 1],
+                labels[index - 1],
                 None if control is None else control[index - 1],
             )
             for index in working
@@ -236,7 +244,7 @@ class Study:
         self,
         number: int,
         model: Vector,
-        auxiliary: Images,
+        auxiliary: Labelled,
         history: list[RoundRecord],
         silo_loss: float,
     ) -> tuple[Vector, RoundRecord, list[Json]]:
@@ -244,8 +252,8 @@ class Study:
         correction = self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
-        held = max(1, round(len(auxiliary) * correction.held_out))
-        watched, training = auxiliary[:held], auxiliary[held:]
+        held = max(1, round(len(auxiliary[0]) * correction.held_out))
+        watched, training = (_part(auxiliary, p) for p in (slice(held), slice(held, None)))
         before = self._held_out_loss(model, watched)
         now = RoundRecord(number, before, silo_loss=silo_loss)
         last = number == self._plan.rounds.count
@@ -277,17 +285,17 @@ class Study:
         before, after = (self._ruler.judged_fid(model) for model in (aggregate, corrected))
         return {"fid_before": before, "fid_after": after, "kept": after < before}
 
-    def _held_out_loss(self, model: Vector, images: Images) -> float:
+    def _held_out_loss(self, model: Vector, watched: Labelled) -> float:
         inputs = {
             **self._common,
             "what": "held-out loss",
-            "given": digest_array(model, images),
+            "given": _digest(model, watched),
             "seed": self._plan.study.seed,
         }
-        return float(self._memo.get(inputs, lambda: {"loss": self._loss(model, images)})["loss"])
+        return float(self._memo.get(inputs, lambda: {"loss": self._loss(model, watched)})["loss"])
 
-    def _loss(self, model: Vector, images: Images) -> NDArray[Any]:
-        network = build_model(self._plan.model)
+    def _loss(self, model: Vector, watched: Labelled) -> NDArray[Any]:
+        network, (images, labels) = build_model(self._plan.model), watched
         load_vector(network, model)
         loss = fixed_loss(
             network,
@@ -296,10 +304,11 @@ class Study:
             objective=self._plan.objective,
             seed=self._plan.study.seed,
             execution=self._execution,
+            labels=labels,
         )
         return np.array(loss)
 
-    def _correct(self, number: int, model: Vector, training: Images) -> Arrays:
+    def _correct(self, number: int, model: Vector, training: Labelled) -> Arrays:
         plan, correction = self._plan, self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
@@ -309,7 +318,7 @@ class Study:
         inputs = {
             **self._common,
             "what": "correction",
-            "given": digest_array(model, training),
+            "given": _digest(model, training),
             "optimizer": plan.optimizer.model_dump(mode="json"),
             "correction": [steps, rate, average],
             "seed": plan.study.seed + number,
@@ -320,7 +329,8 @@ class Study:
             load_vector(network, model)
             result = calibrate(
                 network,
-                training,
+                training[0],
+                labels=training[1],
                 steps=steps,
                 learning_rate=rate,
                 schedule=plan.schedule,
@@ -341,12 +351,14 @@ class Study:
         task = UnionTask(self._point, self._federation, self._common)
         return union(task, self._memo, self._pool, self._secure)
 
-    def _alone(self, auxiliary: Images | None) -> Iterator[Json]:
+    def _alone(self, auxiliary: Labelled | None) -> Iterator[Json]:
         """One model on all images, on the auxiliary set, or one per silo on its own."""
         federation, kind = self._federation, self._point.training
-        sets = list(federation.images)
+        labels = federation.labels_for(self._plan)
+        sets: list[Labelled] = list(zip(federation.images, labels, strict=True))
         if kind == "central":
-            sets = [np.concatenate(sets)]
+            known = [own for own in labels if own is not None]
+            sets = [(np.concatenate(federation.images), np.concatenate(known) if known else None)]
         elif kind == "auxiliary" and auxiliary is not None:
             sets = [auxiliary]
         rounds = [n for n in range(1, self._plan.rounds.count + 1) if self._is_evaluated(n)]
@@ -354,7 +366,13 @@ class Study:
         for row, number in enumerate(rounds):
             measured = self._ruler.of_models([weights[row] for weights in models])
             steps = {"local_steps": number * self._plan.rounds.local_steps, "correction_steps": 0}
-            yield self._evaluation(number, measured, steps)
+            yield self._evaluation(number, measured, steps | self._accuracy(models[0][row], number))
+
+    def _accuracy(self, model: Vector, number: int) -> Json:
+        """Of a classifier trained on samples, in the last round of a conditional study."""
+        if self._plan.model.classes is None or number < self._plan.rounds.count:
+            return {}
+        return {"accuracy": self._ruler.accuracy_of_model(model)}
 
     def _is_evaluated(self, number: int) -> bool:
         evaluation = self._plan.evaluation
@@ -363,3 +381,13 @@ class Study:
 
     def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
         return {"event": "evaluation", "round": number, **measured.line(), **also}
+
+
+def _part(of: Labelled, part: slice) -> Labelled:
+    images, labels = of
+    return images[part], None if labels is None else labels[part]
+
+
+def _digest(model: Vector, of: Labelled) -> str:
+    images, labels = of
+    return digest_array(model, images) if labels is None else digest_array(model, images, labels)

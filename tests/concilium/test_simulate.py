@@ -227,6 +227,54 @@ def test_the_secure_sum_gives_the_same_model_within_its_rounding(name: str, tmp_
     assert secure[-1]["fid"] == pytest.approx(plain[-1]["fid"], rel=0.05)
 
 
+CONDITIONAL = {"[model]": "[model]\nclasses = 10", "steps = 5": "steps = 5\nguidance = 1.5"}
+
+
+def test_a_conditional_study_corrects_with_labels_and_tells_a_classifier_s_accuracy(
+    tmp_path: Path,
+) -> None:
+    central = 'training = "central"\nplan.rounds = {local_steps = 40}'
+    runs = {"plus": PLUS, "central": central, "auxiliary": 'training = "auxiliary"'}
+    lines = simulate(study(tmp_path, runs, **CONDITIONAL), tmp_path / "out")
+    union = lines["plus-3"][0]
+    occupied, rest = divmod(union["image_bytes"], 1 + 2 + 64)
+    assert (rest, union["images"] <= occupied) == (0, True), "marker, label and image, for each"
+    assert [e["event"] for e in lines["plus-3"]].count("correction") >= 1
+    ends = {name: events[-1]["accuracy"] for name, events in lines.items()}
+    assert all(0.0 <= end <= 1.0 for end in ends.values())
+    assert ends["central-3"] > max(0.15, ends["plus-3"]), "which has learned something"
+
+
+def test_labels_of_the_union_are_those_of_the_silos(tmp_path: Path) -> None:
+    """They come through the secure sums as through plain ones, each with its image, and of most of
+    the silos' classes."""
+    unions = []
+    for secure in ("false", "true"):
+        run = {"plus": f"{PLUS}\nsecure_sum = {secure}"}
+        partition = 'partition = {labels = "classes", classes = 3}'
+        changes = CONDITIONAL | {'partition = {labels = "dirichlet", alpha = 0.5}': partition}
+        point = next(load_sweep(study(tmp_path, run, **changes)).points())
+        silos, memo = federate(point, digits()), Memo(tmp_path / f"memo-{secure}")
+        line = next(Study(point, silos, memo, Here()).events())
+        (found,) = (
+            np.load(file) for file in (tmp_path / f"memo-{secure}").glob("*.npz")
+            if "labels" in np.load(file).files
+        )  # fmt: skip
+        assert line["images"] == len(found["images"]) == len(found["labels"]) > 30
+        assert 5 < len(set(found["labels"].tolist()) & set(range(10))) == len(set(found["labels"]))
+        unions.append(found)
+    for name in ("images", "labels"):
+        assert np.array_equal(unions[0][name], unions[1][name])
+
+
+def test_one_model_per_silo_is_refused_where_it_would_not_know_the_other_classes(
+    tmp_path: Path,
+) -> None:
+    path = study(tmp_path, {"local": 'training = "local"'}, **CONDITIONAL)
+    with pytest.raises(PlanError, match="knows the classes of that silo alone"):
+        next(load_sweep(path).points())
+
+
 def test_the_union_costs_what_the_page_says(tmp_path: Path) -> None:
     path = study(tmp_path, {"plus": f"{PLUS}\nsecure_sum = true"})
     union = events(path, tmp_path / "memo")[0]
