@@ -183,9 +183,9 @@ class CoordinationService(CoordinationServicer):
                 "the study centre can raise largest_vector in coordinator.toml"
             )
 
-    async def Download(
+    async def Download(  # type: ignore[override]  # the stubs know only of generators
         self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[pb.DownloadChunk]:
+    ) -> None:
         async with self._door.silo(context, request, "study", "sha256") as caller:
             live = self._studies.get(request.study, caller.site)
             store, sha256 = self._tools.store, request.sha256
@@ -201,8 +201,11 @@ class CoordinationService(CoordinationServicer):
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                 caller.check()
                 offset, data = piece
-                yield pb.DownloadChunk(offset=offset, data=data, **first)
+                # Written, not yielded: the door's cancellation has to arrive here also while gRPC
+                # waits for the reader, or the call would end without a status, which gRPC does not
+                # tell the silo.
+                await context.write(pb.DownloadChunk(offset=offset, data=data, **first))
                 self._tools.contacts.count(live.id, caller.site, sent=len(data))
                 first = {}
             if first:
-                yield pb.DownloadChunk(offset=request.offset, size=size)
+                await context.write(pb.DownloadChunk(offset=request.offset, size=size))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
+import pytest
 
-from coordinator import admin
+from coordinator import admin, results
+from coordinator.artifacts import Artifacts
+from coordinator.config import Home
+from coordinator.store import Store
 from protos.v1 import coordination_pb2 as pb
 from protos.v1 import enrolment_pb2 as join_pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
@@ -80,3 +85,46 @@ async def test_an_upload_goes_on_while_the_certificate_that_it_began_under_is_re
             stalled.go.set()
             assert (await upload).committed == len(held.vector)
         await held.end()
+
+
+MODEL_BYTES = 32 << 20  # far more than the line, gRPC and the kernel hold for a reader that rests
+
+
+def publish(federation: Federation, study: str, content: bytes) -> bytes:
+    """An artifact that the silos of the study may fetch, as the runner records one; its SHA-256."""
+    place = Home(federation.home)
+    digest = Artifacts(place.artifacts).put(content)
+    store = Store(place.database(place.config()))
+    store.run(results.record_artifact, study, digest, "model", len(content), published=True)
+    store.close()
+    return digest
+
+
+@pytest.mark.parametrize("rests", [0.0, 2.0], ids=["reads on", "rests first"])
+async def test_a_revoked_silo_is_put_out_of_a_download_that_waits_for_its_reader(
+    tmp_path: Path, rests: float
+) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        held = Held(federation)
+        await held.begin()
+        digest = publish(federation, held.study, os.urandom(MODEL_BYTES))
+        async with held.silo.credentials.channel(federation.address) as channel:
+            wanted = pb.DownloadRequest(study=held.study, sha256=digest)
+            stream = CoordinationStub(channel).Download(wanted)
+            got = len((await stream.read()).data)
+            await asyncio.sleep(0.5)  # what fits is under way: the service waits for the reader
+            began = time.monotonic()
+            admin.revoke(federation.home, held.silo.name)
+            await asyncio.sleep(rests)
+
+            async def read_on() -> None:
+                nonlocal got
+                while (chunk := await stream.read()) is not grpc.aio.EOF:
+                    got += len(chunk.data)
+                    await asyncio.sleep(0.05)
+
+            code, text = await refused(read_on())
+            assert (code, "was revoked" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
+            assert time.monotonic() - began < 5
+            assert got < MODEL_BYTES / 2
