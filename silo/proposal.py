@@ -88,7 +88,8 @@ def check_open(session: int, message: pb.Open, pinned: Pinned) -> Proposal:
                 f"session {session} ({context.quantity}): {part.name} is {_shown(theirs)}, "
                 f"this site has {_shown(ours)}"
             )
-    return Proposal(context, work, _artifacts(work, message, pinned))
+    # Equal, but made of the roster's own strings: the ledger's rules keep each session's for ever.
+    return Proposal(expected, work, _artifacts(work, message, pinned))
 
 
 def _expected(

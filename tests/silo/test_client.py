@@ -122,6 +122,19 @@ async def test_a_download_goes_on_where_it_was_cut(
     assert len(service.served) == 11, "what is here is not fetched again"
 
 
+async def test_a_file_that_was_removed_is_hashed_again_when_its_name_is_back(
+    flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
+) -> None:
+    _, client, _ = flaky
+    target = tmp_path / DIGEST.hex()
+    await client.download("trial", DIGEST, target, at_most=len(CONTENT))
+    target.unlink()
+    await client.download("trial", DIGEST, tmp_path / "the next round's", at_most=len(CONTENT))
+    target.write_bytes(CONTENT[:-1] + b"x")
+    await client.download("trial", DIGEST, target, at_most=len(CONTENT))
+    assert target.read_bytes() == CONTENT
+
+
 async def test_a_partial_file_of_an_earlier_process_is_used(
     flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
 ) -> None:
