@@ -9,48 +9,22 @@ nobody but in sums.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import Thread
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from coordinator.admin import Status, StudyStatus
+from study.exposition import Exposition
 
 _STATES = ("offered", "running", "finished", "stopped", "failed")
 
 
-class _Server(Protocol):
-    def shutdown(self) -> None: ...
-    def server_close(self) -> None: ...
-
-
-class Metrics(Collector):
-    """`read` is asked for the status at every scrape, in a thread of the HTTP server."""
+class Metrics(Exposition):
+    """`read` is asked for the status at every scrape."""
 
     def __init__(self, read: Callable[[], Status]) -> None:
+        super().__init__()
         self._read = read
-        self._http: tuple[_Server, Thread] | None = None
-
-    def serve(self, address: str) -> None:
-        """Answer at host:port until `close`. Raises OSError where it cannot be bound."""
-        host, _, port = address.rpartition(":")
-        registry = CollectorRegistry()
-        registry.register(self)
-        self._http = start_http_server(int(port), host.strip("[]"), registry)
-
-    def close(self) -> None:
-        if self._http is not None:
-            server, thread = self._http
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._http = None
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # registering does not read the store
 
     def collect(self) -> Iterator[Metric]:
         now = self._read()

@@ -6,44 +6,20 @@ work. No count, no loss, nothing about the images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from threading import Thread
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+
+from study.exposition import Exposition
 
 
-class _Server(Protocol):
-    def shutdown(self) -> None: ...
-    def server_close(self) -> None: ...
-
-
-class Metrics(Collector):
-    """`read` gives the values of status.json, in a thread of the HTTP server."""
+class Metrics(Exposition):
+    """`read` gives the values of status.json."""
 
     def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+        super().__init__()
         self._read = read
-        self._http: tuple[_Server, Thread] | None = None
-
-    def serve(self, address: str) -> None:
-        """Answer at host:port until `close`. Raises OSError where it cannot be bound."""
-        host, _, port = address.rpartition(":")
-        registry = CollectorRegistry()
-        registry.register(self)
-        self._http = start_http_server(int(port), host.strip("[]"), registry)
-
-    def close(self) -> None:
-        if self._http is not None:
-            server, thread = self._http
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._http = None
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
     def collect(self) -> Iterator[Metric]:
         now = self._read()
