@@ -17,6 +17,14 @@ revision, down_revision = "0001", None
 
 
 def upgrade() -> None:
+    _sites()
+    _studies()
+    _sessions()
+    _watching()
+    _audit_log()
+
+
+def _sites() -> None:
     op.create_table(
         "sites",
         Column("name", String(63), primary_key=True),
@@ -47,6 +55,9 @@ def upgrade() -> None:
         Column("expires", Float, nullable=False),
         Column("revoked", Boolean, nullable=False),
     )
+
+
+def _studies() -> None:
     op.create_table(
         "studies",
         Column("id", String(80), primary_key=True),
@@ -83,6 +94,9 @@ def upgrade() -> None:
         Column("size", BigInteger, nullable=False),
         Column("published", Boolean, nullable=False),
     )
+
+
+def _sessions() -> None:
     op.create_table(
         "sessions",
         Column("study", String(80), ForeignKey("studies.id"), primary_key=True),
@@ -117,6 +131,9 @@ def upgrade() -> None:
         Column("reason", Text, nullable=False),
         Column("at", Float, nullable=False),
     )
+
+
+def _watching() -> None:
     op.create_table(
         "progress",
         Column("study", String(80), primary_key=True),
@@ -134,6 +151,9 @@ def upgrade() -> None:
         Column("received", BigInteger, nullable=False),
         Column("sent", BigInteger, nullable=False),
     )
+
+
+def _audit_log() -> None:
     op.create_table(
         "events",
         Column("place", Integer, primary_key=True),
