@@ -238,8 +238,11 @@ def main() -> None:
 
 
 def write(name: str, content: object) -> None:
-    text = json.dumps(content, indent=1)
-    (FOLDER / f"{name}.json").write_text(text + "\n", "utf-8")
+    (FOLDER / f"{name}.json").write_text(text_of(content), "utf-8")
+
+
+def text_of(content: object) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 if __name__ == "__main__":

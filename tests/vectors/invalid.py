@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -34,62 +34,101 @@ def cases() -> dict[str, Any]:
 
 
 Case = tuple[str, str, Any, str]
+"""What is wrong, the kind of request, its content, the reason for refusing it."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The valid session: its context's digest, the silos' identity keys and signed messages."""
+
+    ctx: bytes
+    keys: list[Ed25519PrivateKey]
+    adverts: list[Signed]
+    headers: list[Signed]
+    confirms: list[Signed]
+
+    @classmethod
+    def of(cls, base: dict[str, Any]) -> Session:
+        silos = base["silos"]
+        seeds = [bytes.fromhex(silo["identity_seed"]) for silo in silos]
+        keys = [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
+        steps = ("advert", "share", "confirm")
+        sent = ([Signed.decode(b64decode(silo[step])) for silo in silos] for step in steps)
+        return cls(bytes.fromhex(base["ctx"]), keys, *sent)
+
+    def third(self, step: Step, body: bytes, sender: int = 3, ctx: bytes | None = None) -> Signed:
+        """Signed by the third silo, whatever it says."""
+        return Signed.by(self.keys[2], step, sender, self.ctx if ctx is None else ctx, body)
+
+    @property
+    def other_set(self) -> Signed:
+        """The third silo's confirmation of fewer survivors."""
+        theirs = Confirm.decode(self.confirms[2].body)
+        return self.third(Step.CONFIRM, replace(theirs, survivors=(1, 2, 3)).encode())
 
 
 def _refused(base: dict[str, Any]) -> Iterator[Case]:
-    ctx = bytes.fromhex(base["ctx"])
-    keys = [
-        Ed25519PrivateKey.from_private_bytes(bytes.fromhex(s["identity_seed"]))
-        for s in base["silos"]
-    ]
+    session = Session.of(base)
+    yield from _adverts(session)
+    yield from _headers(session)
+    yield from _survivors()
+    yield from _confirmations(session)
+    yield from _certificates(session)
 
-    def of(step: str) -> list[Signed]:
-        return [Signed.decode(b64decode(s[step])) for s in base["silos"]]
 
-    def sets(request: str, m: list[Signed]) -> Iterator[Case]:
-        forged = replace(m[2], signature=bytes(64))
-        stale = Signed.by(keys[2], m[2].step, 3, bytes(32), m[2].body)
-        other = Signed.by(keys[2], Step.COMPLAIN, 3, ctx, m[2].body)
-        stranger = Signed.by(keys[2], m[2].step, 9, ctx, m[2].body)
-        for what, messages, reason in (
-            ("a forged signature", [*m[:2], forged, m[3]], "BAD_SIGNATURE"),
-            ("signed for another session", [*m[:2], stale, m[3]], "BAD_SIGNATURE"),
-            ("another's message under this name", [*m[:2], replace(m[3], sender=3), m[3]], ""),
-            ("a message of another step", [*m[:2], other, m[3]], "WRONG_STEP"),
-            ("a sender outside the roster", [*m[:3], stranger], "NOT_IN_ROSTER"),
-            ("one silo twice", [*m[:3], m[2]], "DUPLICATE_SENDER"),
-            ("out of order", [m[1], m[0], *m[2:]], "NOT_ASCENDING"),
-            ("below the threshold", m[:2], "BELOW_THRESHOLD"),
-        ):
-            yield what, request, _relayed(messages), reason or "BAD_SIGNATURE"
+def _sets(session: Session, request: str, m: list[Signed]) -> Iterator[Case]:
+    """What is wrong with any set of one message from each silo."""
+    forged = replace(m[2], signature=bytes(64))
+    stale = session.third(m[2].step, m[2].body, ctx=bytes(32))
+    other = session.third(Step.COMPLAIN, m[2].body)
+    stranger = session.third(m[2].step, m[2].body, sender=9)
+    for what, messages, reason in (
+        ("a forged signature", [*m[:2], forged, m[3]], "BAD_SIGNATURE"),
+        ("signed for another session", [*m[:2], stale, m[3]], "BAD_SIGNATURE"),
+        ("another's message under this name", [*m[:2], replace(m[3], sender=3), m[3]], ""),
+        ("a message of another step", [*m[:2], other, m[3]], "WRONG_STEP"),
+        ("a sender outside the roster", [*m[:3], stranger], "NOT_IN_ROSTER"),
+        ("one silo twice", [*m[:3], m[2]], "DUPLICATE_SENDER"),
+        ("out of order", [m[1], m[0], *m[2:]], "NOT_ASCENDING"),
+        ("below the threshold", m[:2], "BELOW_THRESHOLD"),
+    ):
+        yield what, request, _relayed(messages), reason or "BAD_SIGNATURE"
 
-    adverts, headers, confirms = of("advert"), of("share"), of("confirm")
-    yield from sets("adverts", adverts)
-    yield "our own is missing", "adverts", _relayed(adverts[1:]), "OWN_MESSAGE_CHANGED"
-    no_key = Signed.by(keys[2], Step.ADVERTISE, 3, ctx, adverts[2].body[:-32] + bytes(32))
-    yield "a key of low order", "adverts", _relayed([*adverts[:2], no_key, adverts[3]]), "BAD_KEY"
-    yield from sets("headers", headers)
-    yield "our own is missing", "headers", _relayed(headers[1:]), "OWN_MESSAGE_CHANGED"
-    header = Header.decode(headers[2].body)
+
+def _adverts(session: Session) -> Iterator[Case]:
+    m = session.adverts
+    yield from _sets(session, "adverts", m)
+    yield "our own is missing", "adverts", _relayed(m[1:]), "OWN_MESSAGE_CHANGED"
+    no_key = session.third(Step.ADVERTISE, m[2].body[:-32] + bytes(32))
+    yield "a key of low order", "adverts", _relayed([*m[:2], no_key, m[3]]), "BAD_KEY"
+
+
+def _headers(session: Session) -> Iterator[Case]:
+    m = session.headers
+    yield from _sets(session, "headers", m)
+    yield "our own is missing", "headers", _relayed(m[1:]), "OWN_MESSAGE_CHANGED"
+    header = Header.decode(m[2].body)
+    ours, others = header.dealt[0], header.dealt[1:]
+    share, parcel = ours._replace(share_b=bytes(32)), ours._replace(mailbox_parcel=bytes(32))
     for what, changed, reason in (
         ("another transcript", replace(header, t1=bytes(32)), "TRANSCRIPT_MISMATCH"),
         ("deals to other silos", replace(header, dealt=header.dealt[:3]), "BAD_COMMITMENT"),
         (
             "a share that is not the committed one",
-            replace(header, dealt=(replace(header.dealt[0], share_b=bytes(32)), *header.dealt[1:])),
+            replace(header, dealt=(share, *others)),
             "BAD_COMMITMENT",
         ),
         (
             "a ciphertext that is not the signed one",
-            replace(
-                header,
-                dealt=(replace(header.dealt[0], mailbox_parcel=bytes(32)), *header.dealt[1:]),
-            ),
+            replace(header, dealt=(parcel, *others)),
             "BAD_CIPHERTEXT",
         ),
     ):
-        bad = Signed.by(keys[2], Step.SHARE, 3, ctx, changed.encode())
-        yield what, "headers", _relayed([*headers[:2], bad, headers[3]]), reason
+        bad = session.third(Step.SHARE, changed.encode())
+        yield what, "headers", _relayed([*m[:2], bad, m[3]]), reason
+
+
+def _survivors() -> Iterator[Case]:
     for what, survivors, reason in (
         ("a silo from outside", [1, 2, 3, 5], "NOT_A_SUBSET"),
         ("without us", [2, 3, 4], "SELF_NOT_INCLUDED"),
@@ -98,23 +137,25 @@ def _refused(base: dict[str, Any]) -> Iterator[Case]:
         ("one silo twice", [1, 1, 2, 3], "NOT_ASCENDING"),
     ):
         yield what, "survivors", survivors, reason
-    yield from sets("confirmations", confirms)
-    theirs = Confirm.decode(confirms[2].body)
-    other_set = Signed.by(
-        keys[2], Step.CONFIRM, 3, ctx, replace(theirs, survivors=(1, 2, 3)).encode()
-    )
-    yield (
-        "another set",
-        "confirmations",
-        _relayed([*confirms[:2], other_set, confirms[3]]),
-        "TRANSCRIPT_MISMATCH",
-    )
-    few = Certificate(Step.CONFIRM, ctx, tuple(confirms[:2]))
-    yield "too few signatures", "certificate", generate.packed(few.encode()), "BAD_CERTIFICATE"
-    mixed = Certificate(Step.CONFIRM, ctx, (*confirms[:2], other_set, confirms[3]))
-    yield "two sets", "certificate", generate.packed(mixed.encode()), "BAD_CERTIFICATE"
-    not_aborts = Certificate(Step.ABORT, ctx, tuple(confirms))
-    yield "no ABORTs", "certificate", generate.packed(not_aborts.encode()), "BAD_CERTIFICATE"
+
+
+def _confirmations(session: Session) -> Iterator[Case]:
+    m = session.confirms
+    yield from _sets(session, "confirmations", m)
+    messages = [*m[:2], session.other_set, m[3]]
+    yield "another set", "confirmations", _relayed(messages), "TRANSCRIPT_MISMATCH"
+
+
+def _certificates(session: Session) -> Iterator[Case]:
+    m = session.confirms
+    for what, step, messages in (
+        ("too few signatures", Step.CONFIRM, m[:2]),
+        ("two sets", Step.CONFIRM, [*m[:2], session.other_set, m[3]]),
+        ("no ABORTs", Step.ABORT, m),
+    ):
+        certificate = Certificate(step, session.ctx, tuple(messages))
+        packed = generate.packed(certificate.encode())
+        yield what, "certificate", packed, "BAD_CERTIFICATE"
 
 
 def _malformed(base: dict[str, Any]) -> Iterator[tuple[str, str, bytes]]:
