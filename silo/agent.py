@@ -318,7 +318,11 @@ async def _until_signal(agent: Agent) -> None:
 
 
 def main(home: Path, style: LogStyle = "auto") -> None:
-    """The agent as a process: logs to standard error and to HOME/agent.log."""
+    """The agent as a process: logs to standard error and to HOME/agent.log.
+
+    Raises ConfigError where there is no agent's folder yet, or its site.toml is wrong.
+    """
+    load_config(SiloHome(home))  # before a log is made in a folder that may not be there
     configure_logging(home / "agent.log", style)
     keep_private()
     keep_buffers()

@@ -33,7 +33,7 @@ def check(plan: Path, silos: int) -> None:
 @home_option
 @plainly
 def start(plan: Path, sites: tuple[str, ...], home: Path) -> None:
-    """Offer the study in PLAN to the approved sites; it runs when all of them accepted."""
+    """Offer the study in PLAN to the approved sites; it runs when all have answered."""
     name = admin.start_study(home, plan, list(sites) or None)
     click.echo(f"offered {name}; each site accepts with: concilium silo approve {name}")
 

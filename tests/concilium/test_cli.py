@@ -143,6 +143,15 @@ def test_an_empty_data_folder_is_told_without_a_traceback(tmp_path: Path) -> Non
     assert "Traceback" not in shown.output
 
 
+@pytest.mark.parametrize("side", ["silo run", "coordinator serve"])
+def test_what_runs_without_a_folder_says_how_to_make_one(side: str, tmp_path: Path) -> None:
+    shown = run(*side.split(), "--home", tmp_path / "nowhere")
+    assert shown.exit_code == 1
+    assert shown.output.startswith("Error: ")
+    assert f"concilium {side.split()[0]} init" in shown.output
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_wrong_token_is_told_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     home = tmp_path / "silo"
