@@ -1,6 +1,6 @@
 """The service over many rounds: whether it stays as fast, as small and as complete as it began.
 
-    python -m benchmarks.service [light] [heavy] [soak] [--rounds R] [--json FILE]
+    python -m benchmarks.service [light] [heavy] [soak] [two-studies] [--rounds R] [--json FILE]
 
 Agents run as they do in production, each in a process of its own, with one exception: their deltas
 are known beforehand instead of trained.
@@ -9,6 +9,10 @@ are known beforehand instead of trained.
 * heavy: 10 agents and 36 M parameters for 5 rounds.
 * soak: eight hours at one round a minute, without the waiting: 480 rounds of 10 agents, of which
   one is killed and started again every 20 rounds, and the coordinator every 80.
+* two-studies: the light study of 4 agents for 100 rounds alone; then beside a second study, whose
+  silos take five seconds for a round; then beside a third, whose worker at the coordinator draws
+  samples of a larger model all the time. Ratios of the first study's seconds per round. The worker
+  takes a core: on a machine with two, the last ratio also says what that core was worth.
 
 The slope of resident memory is a least-squares line over the rounds after the first quarter,
 between restarts. "Lost" counts rounds whose sum lacks the part of a silo that is among its
@@ -68,7 +72,11 @@ SCENARIOS = {
     "light": Scenario(silos=100, rounds=200, channels=[8]),
     "heavy": Scenario(silos=10, rounds=5, channels=[128, 256, 352, 352]),
     "soak": Scenario(10, 480, [8], kill_silo_every=20, kill_coordinator_every=80, deadline=10),
+    "two-studies": Scenario(silos=4, rounds=100, channels=[8]),
 }
+_SLOW_SECONDS = 5.0
+_LARGER = [64, 128]
+_ENDLESS = 99_999  # rounds of a study that is not waited for
 
 
 @dataclass
@@ -134,25 +142,12 @@ class Probe:
 
 def run(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """Figures of one scenario; everything is made below `folder`."""
-    plan = folder / "plan.toml"
-    channels = list(scenario.channels)
-    text = PLAN.format(channels=channels, attention=json.dumps([False] * len(channels)))
-    text = text.replace("= 600\n", f"= {scenario.deadline}\n")
+    plan, delta = folder / "plan.toml", folder / "delta.npy"
     # More rounds than are waited for: publishing a model at 100 sites is not what is measured.
-    plan.write_text(text.replace("count = 1\n", f"count = {2 * scenario.rounds}\n"))
-    n = parameter_count(load_plan(plan.read_text()).model)
-    delta = np.random.default_rng(7).standard_normal(n, dtype=np.float32)
-    np.save(folder / "delta.npy", np.float32(0.001) * delta)
+    n = _write_plan(plan, delta, scenario.channels, 2 * scenario.rounds, scenario.deadline)
     names = [f"site-{i:03}" for i in range(scenario.silos)]
     with Sites(folder, names, absent_after=120.0) as sites:
-        for name in names:
-            sites.found_silo(name, np.zeros((1, 1, 8, 8), dtype=np.uint8))
-            policy = SiloHome(sites.silo_home(name)).config
-            policy.write_text(policy.read_text().replace("_rounds = 1000", "_rounds = 99_999"))
-        sites.found_coordinator()
-        sites.enrol()
-        for name in names:
-            sites.start(name)
+        _found(sites)
         study = admin.start_study(sites.coordinator_home, plan)
         sites.wait_for(study, "first model")
         watch, probe = Watch(sites), Probe(sites.silo_home(names[0]))
@@ -181,6 +176,85 @@ def run(scenario: Scenario, folder: Path) -> dict[str, Any]:
         figures["silo_cpu_s_per_round"] = used["silos"] / scenario.rounds / scenario.silos
     latency = {f"call_p{q}_ms": 1e3 * float(np.quantile(probe.seconds, q / 100)) for q in (50, 99)}
     return figures | latency | _memory(watch)
+
+
+def _write_plan(
+    plan: Path, delta: Path, channels: Sequence[int], rounds: int, deadline: int, steps: int = 1
+) -> int:
+    """A plan whose samples take `steps` steps, and a delta for its model; its parameters."""
+    text = PLAN.format(channels=list(channels), attention=json.dumps([False] * len(channels)))
+    text = text.replace("= 600\n", f"= {deadline}\n")
+    text = text.replace("_timesteps = 10\n", f"_timesteps = {max(10, steps)}\n")
+    text = text.replace("[sampler]\nsteps = 1\n", f"[sampler]\nsteps = {steps}\n")
+    plan.write_text(text.replace("count = 1\n", f"count = {rounds}\n"))
+    n = parameter_count(load_plan(plan.read_text()).model)
+    known = np.random.default_rng(7).standard_normal(n, dtype=np.float32)
+    np.save(delta, np.float32(0.001) * known)
+    return n
+
+
+def _found(sites: Sites) -> None:
+    """Coordinator and agents, enrolled and running."""
+    for name in sites.names:
+        sites.found_silo(name, np.zeros((1, 1, 8, 8), dtype=np.uint8))
+        policy = SiloHome(sites.silo_home(name)).config
+        policy.write_text(policy.read_text().replace("_rounds = 1000", f"_rounds = {_ENDLESS}"))
+    sites.found_coordinator()
+    sites.enrol()
+    for name in sites.names:
+        sites.start(name)
+
+
+def run_two(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """Seconds per round of one study: alone, beside slow silos, beside a busy worker."""
+    groups = {
+        group: [f"{group}-{i:03}" for i in range(scenario.silos)]
+        for group in ("first", "slow", "busy")
+    }
+    plans = {group: folder / f"{group}.toml" for group in groups}
+    deltas = {group: folder / f"{group}.npy" for group in groups}
+    n = _write_plan(plans["first"], deltas["first"], scenario.channels, _ENDLESS, 600)
+    _write_plan(plans["slow"], deltas["slow"], scenario.channels, _ENDLESS, 600)
+    _write_plan(plans["busy"], deltas["busy"], _LARGER, _ENDLESS, 600, steps=1000)
+    sites = Sites(folder, [name for names in groups.values() for name in names], absent_after=120.0)
+    seconds = {"first": 0.0, "slow": _SLOW_SECONDS, "busy": 0.0}
+    for group, names in groups.items():
+        sites.known |= dict.fromkeys(names, (deltas[group], seconds[group]))
+    figures: dict[str, Any] = {"silos": scenario.silos, "params": n, "rounds": scenario.rounds}
+    with sites:
+        _found(sites)
+        home = sites.coordinator_home
+        first = admin.start_study(home, plans["first"], groups["first"])
+        _round(sites, first, 1)
+        alone, done = _timed(sites, first, 1, scenario.rounds)
+        figures["seconds_per_round_alone"] = alone
+        for group, under_way in (("slow", "round 00001 model"), ("busy", "round 00001 sum")):
+            other = admin.start_study(home, plans[group], groups[group])
+            sites.wait_for(other, under_way)
+            beside, done = _timed(sites, first, done, scenario.rounds)
+            state = next(s for s in admin.status(home).studies if s.id == other)
+            figures[f"seconds_per_round_beside_{group}"] = beside
+            figures[f"ratio_beside_{group}"] = beside / alone
+            figures[f"the_other_study_{group}"] = f"{state.state}: {state.stage}"
+            admin.pause_study(home, other)  # a study that ends would have its model published
+    return figures
+
+
+def _timed(sites: Sites, study: str, done: int, rounds: int) -> tuple[float, int]:
+    """Seconds per round of the next `rounds`, and which is the last. The first of them is waited
+    for before the clock starts: a part of it was over."""
+    _round(sites, study, first := _last(sites, study, done) + 1)
+    start = time.monotonic()
+    for number in range(first + 1, first + rounds + 1):
+        _round(sites, study, number)
+    return (time.monotonic() - start) / rounds, first + rounds
+
+
+def _last(sites: Sites, study: str, done: int) -> int:
+    """The last round that is over; `done` is one that is."""
+    while sites.result(study, f"round {done + 1:05} model") is not None:
+        done += 1
+    return done
 
 
 def _rounds(scenario: Scenario, sites: Sites, study: str, watch: Watch) -> int:
@@ -257,7 +331,7 @@ def _slope(samples: np.ndarray[Any, np.dtype[np.int64]]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenarios", nargs="*", metavar="light|heavy|soak")
+    parser.add_argument("scenarios", nargs="*", metavar="light|heavy|soak|two-studies")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--silos", type=int)
     parser.add_argument("--json", type=Path)
@@ -277,7 +351,7 @@ def main() -> None:
             known.deadline,
         )
         with tempfile.TemporaryDirectory() as folder:
-            figures = run(scenario, Path(folder))
+            figures = (run_two if name == "two-studies" else run)(scenario, Path(folder))
         for key, value in figures.items():
             report.row(scenario=name, what=key, value=value)
         if name == "light":

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class KnownDeltas(Quantities):
     """A site without images and without training: its delta is there before it is asked for."""
 
     delta: NDArray[np.float32]
+    seconds = 0.0
+    """What each round is to take here, as if it had been trained for so long."""
 
     async def count(self) -> int:
         return COUNT
@@ -94,6 +97,7 @@ class KnownDeltas(Quantities):
     async def _round(
         self, round: int, work: RoundWork, silos: int, model: Path, folder: Path
     ) -> None:
+        await asyncio.sleep(self.seconds)
         await asyncio.to_thread(self._encode, work, silos, folder)
 
     def _encode(self, work: RoundWork, silos: int, folder: Path) -> None:
@@ -107,17 +111,23 @@ class KnownDeltas(Quantities):
         write_file(folder / "vector", encoded.vector.data.cast("B"))
 
 
+@dataclass
 class Sites(Federation):
     """The demonstration's federation, with agents that know their deltas."""
+
+    known: dict[str, tuple[Path, float]] = field(default_factory=dict)
+    """Name of a site → the file of its delta and the seconds of a round, where they are not
+    out/delta.npy and none."""
 
     def start(self, name: str, environment: dict[str, str] | None = None) -> Process:
         if name == "coordinator":
             return super().start(name, environment)
         log = self.out / "logs" / f"{name}.log"
+        delta, seconds = self.known.get(name, (self.out / "delta.npy", 0.0))
         with log.open("ab") as file:
-            command = [sys.executable, "-m", "benchmarks.session", "--agent"]
+            command = [sys.executable, "-m", "benchmarks.session", "--round-seconds", str(seconds)]
             popen = subprocess.Popen(
-                [*command, self.silo_home(name), self.out / "delta.npy"],
+                [*command, "--agent", self.silo_home(name), delta],
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -274,10 +284,11 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 352, 352])
     parser.add_argument("--cold", action="store_true", help="do not touch memory beforehand")
     parser.add_argument("--agent", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--round-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.agent:
         home, delta = arguments.agent
-        KnownDeltas.delta = np.load(delta)
+        KnownDeltas.delta, KnownDeltas.seconds = np.load(delta), arguments.round_seconds
         vars(silo.agent)["Quantities"] = KnownDeltas
         silo.agent.main(home)
         return
