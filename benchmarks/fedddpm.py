@@ -258,7 +258,7 @@ def draw(runs: Runs, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7.0, 4.2), dpi=110)
     for name in (n for n in DRAWN if n in runs):
@@ -269,11 +269,14 @@ def draw(runs: Runs, path: Path) -> None:
         (line,) = axes.plot(rounds, [mean(c) for c in columns], marker="o", ms=3, label=name)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color())
-    axes.set(xlabel="round", ylabel="FID")
-    axes.set_ylim(bottom=0)
+    # Of factors, not differences: the slow starters would squeeze the others into a line.
+    axes.set(xlabel="round", ylabel="FID", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
