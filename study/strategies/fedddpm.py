@@ -15,11 +15,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from study.strategies.base import Correction, Decision, RoundRecord, Strategy, When
+from study.strategies.base import (
+    Correction,
+    Decision,
+    LocalRules,
+    RoundRecord,
+    State,
+    Strategy,
+    Vector,
+    When,
+)
+from study.strategies.fedavg import FedAvg
+from study.strategies.scaffold import Scaffold
 
 
 class Corrected(Strategy):
-    """FedAvg with corrections on the auxiliary set; when, is for its heirs to say."""
+    """FedAvg, or SCAFFOLD, with corrections on the auxiliary set; when, is for its heirs to say."""
+
+    control_variates: bool = False
+    """Whether silos train with control variates against their drift, as SCAFFOLD's do: twice the
+    bytes each way. A correction does not touch them."""
 
     correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """K: optimiser steps per correction."""
@@ -46,6 +61,24 @@ class Corrected(Strategy):
 
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the auxiliary images that correction never sees: the loss is watched on these."""
+
+    @property
+    def _base(self) -> Strategy:
+        return Scaffold() if self.control_variates else FedAvg()
+
+    def local_rules(self) -> LocalRules:
+        return self._base.local_rules()
+
+    def initial_state(self, size: int) -> State:
+        return self._base.initial_state(size)
+
+    def round_input(self, state: State, global_vector: Vector) -> Vector:
+        return self._base.round_input(state, global_vector)
+
+    def aggregate(
+        self, state: State, global_vector: Vector, mean_delta: Vector, round: int
+    ) -> tuple[State, Vector]:
+        return self._base.aggregate(state, global_vector, mean_delta, round)
 
     @property
     def correction(self) -> Correction:

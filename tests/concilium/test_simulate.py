@@ -245,6 +245,18 @@ def test_a_conditional_study_corrects_with_labels_and_tells_a_classifier_s_accur
     assert ends["central-3"] > max(0.15, ends["plus-3"]), "which has learned something"
 
 
+def test_control_variates_and_a_correction_go_together(tmp_path: Path) -> None:
+    with_control = PLUS.replace("window = 1", "tau = -1.0, control_variates = true")
+    runs = {"both": with_control, "scaffold": ALL["scaffold"]}
+    lines = simulate(study(tmp_path, runs), tmp_path / "out")
+    rounds = {
+        name: [line["moved"] for line in found if line["event"] == "round"]
+        for name, found in lines.items()
+    }
+    assert rounds["both-3"] == rounds["scaffold-3"], "until the last round's end"
+    assert [line["round"] for line in lines["both-3"] if line["event"] == "correction"] == [2]
+
+
 def test_labels_of_the_union_are_those_of_the_silos(tmp_path: Path) -> None:
     """They come through the secure sums as through plain ones, each with its image, and of most of
     the silos' classes."""

@@ -17,6 +17,7 @@ from study.strategies import (
 )
 
 ALL = [FedAvg(), FedProx(mu=0.1), Scaffold(), FedAdam(), FedYogi(), FedDDPM(), FedDDPMPlus()]
+ALL.append(FedDDPMPlus(control_variates=True))
 
 
 def f32(*values: float):
@@ -84,7 +85,7 @@ def test_only_fedprox_changes_local_training():
 
 
 def test_only_the_fedddpm_family_corrects():
-    assert [s.kind for s in ALL if s.correction] == ["fedddpm", "fedddpm_plus"]
+    assert {s.kind for s in ALL if s.correction} == {"fedddpm", "fedddpm_plus"}
     assert not FedAvg().decide(history(1.0, 1.0, 1.0, 1.0)).correct
     assert FedDDPM().decide(history(1.0)).correct
 
@@ -194,6 +195,19 @@ def test_the_silos_loss_is_watched_where_the_plan_says_so():
 def test_a_correction_is_averaged_in_the_rounds_that_the_plan_says(average, middle, end):
     correction = FedDDPM(correction_average=average).correction
     assert (correction.averages(last=False), correction.averages(last=True)) == (middle, end)
+
+
+def test_with_control_variates_the_rounds_are_scaffold_s_and_the_corrections_stay():
+    plain, controlled = Scaffold(), FedDDPMPlus(control_variates=True)
+    assert controlled.local_rules() == plain.local_rules() != FedDDPMPlus().local_rules()
+    assert (controlled.parts, FedDDPMPlus().parts) == (2, 1)
+    model, mean = np.float32([1.0, 2.0]), np.float32([0.5, -0.5, 3.0, 4.0])
+    results = []
+    for strategy in (plain, controlled):
+        state, after = strategy.aggregate(strategy.initial_state(2), model, mean, 1)
+        results.append([after.tolist(), strategy.round_input(state, after).tolist()])
+    assert results[0] == results[1] == [[1.5, 1.5], [1.5, 1.5, 3.0, 4.0]]
+    assert controlled.correction == FedDDPMPlus().correction
 
 
 def test_a_cool_down_may_be_longer_than_the_window_but_not_shorter():
