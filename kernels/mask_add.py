@@ -257,20 +257,8 @@ def _mask_add(
     point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor, ring: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
-    counts = mask_add_reference(
-        words,
-        delta,
-        residual,
-        carried,
-        ends,
-        up,
-        down,
-        bounds,
-        point,
-        rounding_key,
-        keys,
-        signs,
-    )
+    given = (delta, residual, carried, ends, up, down, bounds, point, rounding_key)
+    counts = mask_add_reference(words, *given, keys, signs)
     return words, carried, counts
 
 

@@ -13,12 +13,12 @@ from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.silos import Pool, execution_of, secret_of
 from concilium.simulate.spec import Point
 from diffusion.checkpoint import Checkpoint
+from diffusion.labels import Labels
 from diffusion.model import build_model, initialise
 from diffusion.training import train
 from silo.auxiliary import derived_seed
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Ruler:
         simulation: Simulation,
     ) -> None:
         self._plan, self._memo, self._execution = plan, memo, execution
-        self._precision = simulation.precision
+        self._precision, self._federation = simulation.precision, federation
         self._evaluation = plan.evaluation
         if self._evaluation is None:
             return
@@ -71,7 +71,6 @@ class Ruler:
         self._center = self._network.public_center().astype(np.float64)
         self._by_silo = [self._network.extract(images) for images in federation.images]
         self._real = np.concatenate(self._by_silo)
-        self._real_labelled = np.concatenate(federation.images), np.concatenate(federation.labels)
         self._radii = neighbour_radii(self._real)
         self._moments = moments(self._real, self._center)
 
@@ -85,16 +84,19 @@ class Ruler:
         evaluation, classes = self._evaluation, self._plan.model.classes
         if evaluation is None or classes is None:
             raise ValueError("the plan has no [evaluation], or its model no classes")
-        labels, inputs = even_labels(evaluation.samples, classes), self._samples_of(model)
-        inputs |= {"what": "accuracy", "samples": evaluation.samples}
+        silos, n = self._federation, evaluation.samples
+        inputs = {
+            **self._samples_of(model),
+            "what": "accuracy",
+            "samples": n,
+            "data": silos.digest,
+            "labels": digest_array(*silos.labels),
+        }
 
         def compute() -> Arrays:
-            drawn = self._images(model, evaluation.samples, _FIRST_MEASURED)
-            return {
-                "accuracy": np.array(
-                    synthetic_to_real((drawn, labels), self._real_labelled, classes)
-                )
-            }
+            drawn = self._images(model, n, _FIRST_MEASURED), even_labels(n, classes)
+            real = np.concatenate(silos.images), np.concatenate(silos.labels)
+            return {"accuracy": np.array(synthetic_to_real(drawn, real, classes))}
 
         return float(self._memo.get(inputs, compute)["accuracy"])
 

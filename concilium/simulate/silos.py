@@ -18,7 +18,7 @@ from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from diffusion.audit import audit
 from diffusion.execution import Execution, choose_execution
-from diffusion.labels import drawn_labels
+from diffusion.labels import Labels, drawn_labels
 from diffusion.model import build_model
 from silo.auxiliary import derived_seed
 from silo.jobs.local import draw, label_weights
@@ -43,7 +43,6 @@ R = TypeVar("R")
 Words = TypeVar("Words", NDArray[np.uint8], NDArray[np.uint32])
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 _MOST_DRAWS_PER_IMAGE = 4
 

@@ -31,6 +31,7 @@ from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from coordinator.aggregation import unbiased
 from diffusion.calibration import calibrate
+from diffusion.labels import Labels
 from diffusion.loss import fixed_loss
 from diffusion.model import build_model, initialise, load_vector, parameter_layout, to_vector
 from silo.jobs.round import rounding_key
@@ -41,7 +42,6 @@ from study.strategies import RoundRecord
 Json = dict[str, Any]
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 Labelled = tuple[Images, Labels | None]
 """Images, with their labels where the model is conditional."""
 
