@@ -91,6 +91,21 @@ def _tensor_of(at, ends, n_tensors, SEARCH: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
+def _dither(key, point, counter, program, RING: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """u in [0, 1) of each element: the key's stream, XORed with the silo's point."""
+    own = tl.load(point).to(tl.uint32, bitcast=True)
+    if RING == 32:
+        return (keystream_block(key, counter) ^ own).to(tl.float64) * 2.3283064365386963e-10
+    elif RING == 16:
+        bits = _halves(keystream_block(key, counter) ^ own)
+        return bits.to(tl.float32) * 1.52587890625e-05
+    else:  # 16 bits an element: two blocks of dither for one of masks
+        twice = program.to(tl.uint32) * (2 * LANES) + tl.arange(0, 2 * LANES).to(tl.uint32)
+        bits = _halves(keystream_block(key, twice) ^ own)
+        return bits.to(tl.float32) * 1.52587890625e-05
+
+
+@triton.jit
 def _mask_add_kernel(  # type: ignore[no-untyped-def]
     words,
     delta,
@@ -126,17 +141,7 @@ def _mask_add_kernel(  # type: ignore[no-untyped-def]
     counter = counter + tl.arange(0, LANES).to(tl.uint32)
     if QUANTISE:
         REAL: tl.constexpr = tl.float64 if RING == 32 else tl.float32
-        own = tl.load(point).to(tl.uint32, bitcast=True)
-        if RING == 32:
-            bits = keystream_block(rounding_key, counter) ^ own
-            u = bits.to(tl.float64) * 2.3283064365386963e-10
-        elif RING == 16:
-            bits = _halves(keystream_block(rounding_key, counter) ^ own)
-            u = bits.to(tl.float32) * 1.52587890625e-05
-        else:  # 16 bits an element: two blocks of dither for one of masks
-            twice = program.to(tl.uint32) * (2 * LANES) + tl.arange(0, 2 * LANES).to(tl.uint32)
-            bits = _halves(keystream_block(rounding_key, twice) ^ own)
-            u = bits.to(tl.float32) * 1.52587890625e-05
+        u = _dither(rounding_key, point, counter, program, RING, LANES)
         wanted = tl.load(delta + at, mask=inside, other=0.0)
         wanted = (wanted + tl.load(residual + at, mask=inside, other=0.0)).to(REAL)
         tensor = _tensor_of(at, ends, n_tensors, SEARCH)
