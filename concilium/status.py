@@ -128,7 +128,7 @@ def _pending(now: Status) -> Iterator[Text]:
 def _study(study: StudyStatus, at: float) -> Iterator[RenderableType]:
     state = study.state
     if state in ("offered", "running") and study.wanted != "run":
-        state = {"pause": "paused", "stop": "stopping"}[study.wanted]
+        state = "paused" if study.wanted == "pause" else "stopping"
     yield Text.assemble((study.id, "bold"), f"  {study.title}  ", _state(state))
     over = study.state in ("finished", "stopped", "failed")
     yield _indented(_rounds(study, over))
@@ -234,7 +234,7 @@ def _silo_study(name: str, study: dict[str, Any]) -> Iterator[RenderableType]:
     yield Text.assemble((name, "bold"), f"  {study.get('title', '')}  ", _state(state))
     if state == "waits for approval":
         yield _indented(Text(f"concilium silo roster {name}, then approve or decline", "yellow"))
-    if study.get("quantity"):
+    if study.get("quantity") and study.get("phase"):
         phase = {"open": "this site prepares its vector"}.get(study["phase"], study["phase"])
         yield _indented(Text(f"session {study['session']}, {study['quantity']}: {phase}"))
     if study.get("steps"):
@@ -242,6 +242,8 @@ def _silo_study(name: str, study: dict[str, Any]) -> Iterator[RenderableType]:
         bar = ProgressBar(total=study["steps"], completed=study["step"], width=30)
         row.add_row(f"{study['activity']} {study['step']}/{study['steps']}", bar)
         yield _indented(row)
+    elif study.get("activity"):
+        yield _indented(Text(study["activity"]))
     if study.get("trouble"):
         yield _indented(Text(f"! {study['trouble']}", "yellow"))
 

@@ -238,9 +238,13 @@ def resume_study(home: Path, study: str) -> None:
     _want(home, study, "run")
 
 
-def stop_study(home: Path, study: str) -> None:
-    """End a study for good; the session under way is given up. Raises NoSuchStudy."""
-    _want(home, study, "stop")
+def stop_study(home: Path, study: str, abandon: bool = False) -> None:
+    """End a study for good; the session under way is given up. Raises NoSuchStudy.
+
+    With `abandon` also one that neither a sum nor an abort can end, since too few silos are left to
+    sign: once it is overdue nobody waits for it any more, and it stays in doubt at its silos.
+    """
+    _want(home, study, "abandon" if abandon else "stop")
 
 
 def _want(home: Path, study: str, wanted: str) -> None:
@@ -248,7 +252,7 @@ def _want(home: Path, study: str, wanted: str) -> None:
         row = store.run(records.study, study)
         if row.over:
             raise AdminError(f"study '{study}' is {row.state}: it cannot be changed any more")
-        if row.wanted == "stop":
+        if row.stopping and wanted != "abandon":
             raise AdminError(f"study '{study}' is being stopped: start it anew from its plan")
         store.run(records.want, study, wanted)
 

@@ -44,7 +44,8 @@ class StudyRow:
     next_roster: bytes | None
     """Of the epoch that begins before the next session, where the operator wants one."""
     wanted: str
-    """run, pause or stop: what the operator asked for."""
+    """run, pause, stop or abandon (stop, also with a session of which nothing proves the end): what
+    the operator asked for."""
     state: str
     """offered, running, finished, stopped or failed."""
     stage: str
@@ -56,6 +57,11 @@ class StudyRow:
     @property
     def over(self) -> bool:
         return self.state in ("finished", "stopped", "failed")
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the operator wants the study to end."""
+        return self.wanted in ("stop", "abandon")
 
 
 def all_studies(c: Connection) -> list[StudyRow]:
@@ -141,7 +147,7 @@ def rosters_of(c: Connection, name: str) -> dict[int, Roster]:
 
 
 def want(c: Connection, name: str, wanted: str) -> None:
-    """Note what the operator wants of a study: run, pause, stop."""
+    """Note what the operator wants of a study: run, pause, stop, abandon."""
     before = study(c, name)
     if before.wanted != wanted:
         c.execute(update(studies).where(studies.c.id == name).values(wanted=wanted))

@@ -72,7 +72,7 @@ studies = Table(
     Column("plan", Text, nullable=False),  # canonical TOML
     Column("roster", LargeBinary, nullable=False),  # of the epoch that the study is in
     Column("next_roster", LargeBinary),  # of the epoch that begins before the next session
-    Column("wanted", String(16), nullable=False),  # by the operator: run, pause, stop
+    Column("wanted", String(16), nullable=False),  # by the operator: run, pause, stop, abandon
     Column("state", String(16), nullable=False),  # offered, running, finished, stopped, failed
     Column("stage", String(80), nullable=False),  # what the runner is at, for people
     Column("error", Text),

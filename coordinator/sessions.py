@@ -59,10 +59,11 @@ class SessionEnd:
 
     summed: the sum is an artifact. aborted: proof that nothing was or will be revealed.
     abandoned: given up before any input was masked. void: confirmed, but a dealer's keys are
-    wrong and the sum cannot be unveiled by anyone.
+    wrong and the sum cannot be unveiled by anyone. unproven: the operator waits no longer for what
+    would prove the end, so it stays in doubt at the silos.
     """
 
-    kind: Literal["summed", "aborted", "abandoned", "void"]
+    kind: Literal["summed", "aborted", "abandoned", "void", "unproven"]
     number: int
     why: str = ""
     survivors: tuple[int, ...] = ()
@@ -110,6 +111,7 @@ class Session:
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[None]] = set()
         self._overdue = self._detached = False
+        self._abandoned = ""
         self.uploads = Uploads(tools.spool)
         self._here: Collection[int] = ()
         self._inputs: Mapping[int, bytes] = {}
@@ -189,10 +191,19 @@ class Session:
         if not self.state.over and not isinstance(self.state, core.Unmasking | core.Aborting):
             await self._whole(self._apply(Cancel(why)))
 
+    def abandon(self, why: str) -> None:
+        """Wait no longer, once the step is overdue, for what would prove how the session ended."""
+        self._abandoned = why
+        self.bell.ring()
+
     async def run(self) -> SessionEnd:
         """Close steps when they are due, until the session is over and its end is recorded."""
         tick = min(_TICK, self._absent_after / 4)
         while not self.state.over:
+            if self._abandoned and self._overdue:
+                # What comes from now on must not count: the end is about to be recorded.
+                await self.detach()
+                break
             await self.bell.wait(
                 min(tick, self._deadline - time.time()) if not self._overdue else tick
             )
@@ -321,7 +332,9 @@ class Session:
         if isinstance(state, core.Aborting):
             why = (
                 f"{state.why}. First {needed} silos must sign that they give the session up: "
-                f"{have} have, not yet {missing}"
+                f"{have} have, not yet {missing}. One that released its shares never signs: after "
+                "the restore of an older backup nothing may ever prove the end, and "
+                f"`concilium study stop {self.row.study} --abandon` ends the study without"
             )
         else:
             why = (
@@ -353,6 +366,10 @@ class Session:
             if math.isfinite(at) and phase not in ("summed", "aborted", "abandoned")
         }
         number, expected = self.context.session, self.context.survivors or self._roster.indices
+        if not self.state.over:
+            missing = tuple(self.state.awaited)
+            why = f"{self._abandoned}; not heard of: {self._roster.names(missing)}"
+            return SessionEnd("unproven", number, why, (), "", missing, None, seconds)
         for effect in self._effects:
             match effect:
                 case Unveil():

@@ -90,6 +90,8 @@ class Summing:
                 await self._enough_in_contact(asked)
                 row = await self._open(asked, accused)
             end = await self._drive(row, asked)
+            if end.kind == "unproven":
+                raise Stopped
             if end.kind == "void":
                 raise StudyFailed(
                     f"{end.why}. The silos settled this sum, so it cannot be asked for again: "
@@ -111,7 +113,7 @@ class Summing:
             return
         while self._live.row.wanted == "pause":
             await self._live.bell.wait(60)
-        if self._live.row.wanted == "stop":
+        if self._live.row.stopping:
             raise Stopped
 
     def check_roster(self) -> None:
@@ -124,7 +126,7 @@ class Summing:
     async def _rest(self, seconds: float) -> None:
         """Wait, but not for an operator who wants the study stopped."""
         end = time.time() + seconds
-        while (left := end - time.time()) > 0 and self._live.row.wanted != "stop":
+        while (left := end - time.time()) > 0 and not self._live.row.stopping:
             await self._live.bell.wait(left)
 
     async def _enough_in_contact(self, asked: Asked) -> None:
@@ -223,15 +225,24 @@ class Summing:
         finally:
             stopper.cancel()
         live.unfinished = 0
-        if end.kind != "abandoned":
+        if end.kind == "unproven":
+            live.session = None  # it would go on asking silos for what nobody takes any more
+        elif end.kind != "abandoned":
             live.certified = row.number
             live.bell.ring()
         return end
 
     async def _cancel_when_stopped(self, session: Session) -> None:
-        while self._live.row.wanted != "stop":
-            await self._live.bell.wait(60)
-        await session.cancel(f"session {session.row.number}: the study centre stopped the study")
+        live, number = self._live, session.row.number
+        while not live.row.stopping:
+            await live.bell.wait(60)
+        await session.cancel(f"session {number}: the study centre stopped the study")
+        while live.row.wanted != "abandon":
+            await live.bell.wait(60)
+        session.abandon(
+            f"session {number} ({session.context.quantity}): the study centre ended the study "
+            "while nothing proved how the session ended"
+        )
 
 
 def _digest_of(last: SessionRow | None) -> bytes:

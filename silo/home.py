@@ -178,7 +178,7 @@ class SiloHome:
 
     def studies(self) -> Iterator[StudyHome]:
         """Every study that this site was ever offered, by name."""
-        folder = make_folder(self.path / "studies")
-        for path in sorted(folder.iterdir()):
+        # Not made here: a command that only looks must not leave folders under a mistyped --home.
+        for path in sorted((self.path / "studies").glob("*")):
             if path.is_dir() and _STUDY_NAME.fullmatch(path.name):
                 yield StudyHome(path)

@@ -18,7 +18,7 @@ LogStyle = Literal["auto", "console", "json"]
 
 def configure_logging(file: Path, style: LogStyle = "auto", level: int = logging.INFO) -> None:
     """Lines on standard error, for people or as JSON (auto: for people on a terminal), and JSON
-    lines in `file` (rotated, never above 60 MB)."""
+    lines in `file` (rotated, never above 50 MB)."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

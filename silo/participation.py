@@ -111,7 +111,12 @@ class Participation:
                 await self._once()
         finally:
             self._protocol.close()
-        self._show(state="ended", phase="", activity="")
+        self._show(state="ended", phase="", activity=self._doubt())
+
+    def _doubt(self) -> str:
+        """What a person should know of a study that is over."""
+        numbers = [str(r.context.session) for r in self._protocol.history.in_doubt]
+        return f"nothing proved how session {', '.join(numbers)} ended" if numbers else ""
 
     async def _once(self) -> None:
         """One task. What went wrong is told to whoever has to act, and asked for again later."""

@@ -89,11 +89,16 @@ def resume(study: str, home: Path) -> None:
 
 @command.command()
 @click.argument("study")
+@click.option(
+    "--abandon",
+    is_flag=True,
+    help="Also with a session of which nothing will prove how it ended.",
+)
 @home_option
 @plainly
-def stop(study: str, home: Path) -> None:
+def stop(study: str, abandon: bool, home: Path) -> None:
     """End a study for good."""
-    admin.stop_study(home, study)
+    admin.stop_study(home, study, abandon)
     click.echo(f"stopping {study}")
 
 

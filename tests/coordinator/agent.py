@@ -26,7 +26,7 @@ from protos.v1.enrolment_pb2_grpc import EnrolmentStub
 from secagg import silo
 from secagg.certificate import Certificate
 from secagg.context import SessionContext
-from secagg.errors import Refused
+from secagg.errors import Refused, UnexpectedEvent
 from secagg.events import (
     Adverts,
     Confirmations,
@@ -260,7 +260,7 @@ class TestSilo:
         event = await self._event(stub, task, taking)
         try:
             sent = self._deliver(taking, event)
-        except Refused as error:
+        except (Refused, UnexpectedEvent) as error:
             self.errors.append(str(error))
             refusal = pb.ReportRefusalRequest(
                 study=task.study, session=task.session, reason=str(error)

@@ -16,8 +16,9 @@ from coordinator.audit import verified
 from coordinator.backup import BackupError, backup, restore
 from coordinator.config import Home, config_text
 from coordinator.store import Store
+from secagg.ledger import History
 from tests.coordinator import postgres
-from tests.coordinator.agent import TestSilo, nothing
+from tests.coordinator.agent import TestSilo, Vanish, nothing
 from tests.coordinator.federation import Federation
 
 
@@ -90,6 +91,90 @@ async def test_a_backup_from_before_a_sum_that_ended_says_why_the_study_cannot_g
         error = await federation.until(lambda: federation.study(study).error)
         assert "has seen session 1 end, this store knows of none after 0" in error
         assert "restore a later backup, or stop it and start a new one" in error
+
+
+async def restored_behind_the_silos(
+    federation: Federation, folder: Path, released: int
+) -> tuple[str, list[TestSilo]]:
+    """A study whose coordinator was restored to three of four masked inputs of the first sum, after
+    all silos had confirmed it and `released` of them had released their shares."""
+    silos = await federation.join_four()
+    here, go = asyncio.Event(), asyncio.Event()
+
+    async def wait(silo: TestSilo, where: str) -> None:
+        if where == "before upload" and silo is silos[3]:
+            here.set()
+            await go.wait()
+        if where == "confirmations" and silo not in silos[:released]:
+            raise Vanish
+        if where == "after UNMASK":
+            raise Vanish
+
+    for silo in silos:
+        silo.hook = wait
+        silo.start()
+    study = admin.start_study(federation.home, federation.plan(deadline=3.0))
+    await here.wait()
+    await federation.until(
+        lambda: (
+            (federation.study(study).phase, federation.study(study).present) == ("collecting", 3)
+        )
+    )
+    await asyncio.to_thread(backup, federation.home, folder / "backup.tar")
+    go.set()
+    await federation.until(lambda: not any(silo.alive for silo in silos))
+    assert federation.study(study).phase == "unmasking"
+    await federation.stop()
+    shutil.rmtree(federation.home)
+    restore(folder / "backup.tar", federation.home)
+    await federation.start()
+    for silo in silos:
+        silo.hook = nothing
+        silo.start()
+    return study, silos
+
+
+async def test_a_backup_that_silos_have_gone_beyond_gives_the_sum_up_and_begins_it_anew(
+    tmp_path: Path,
+) -> None:
+    """Who confirmed, and released nothing, may still sign the session away."""
+    async with Federation(tmp_path) as federation:
+        study, silos = await restored_behind_the_silos(federation, tmp_path, released=0)
+        await federation.until(lambda: federation.result(study, "census"), 60)
+        assert len(federation.exact(study, "census", "census 1")) == 4
+        assert federation.result(study, "census")["session"]["number"] > 1000
+        assert not any(History.of(silo.studies[study].disk).in_doubt for silo in silos)
+
+
+async def test_a_session_that_nothing_can_end_any_more_is_abandoned_with_its_study(
+    tmp_path: Path,
+) -> None:
+    """Two of four have released their shares, so three cannot sign; nobody sums anything again."""
+    async with Federation(tmp_path) as federation:
+        study, silos = await restored_behind_the_silos(federation, tmp_path, released=2)
+        admin.stop_study(federation.home, study)
+
+        def told() -> str | None:
+            error = federation.study(study).error or ""
+            return error if "2 have, not yet site-1, site-2" in error else None
+
+        error = await federation.until(told, 60)
+        assert f"`concilium study stop {study} --abandon`" in error
+        await federation.restart()
+        assert federation.study(study).state == "running"
+        admin.stop_study(federation.home, study, abandon=True)
+        await federation.until(lambda: all(study in silo.ended for silo in silos))
+        assert federation.study(study).state == "stopped"
+        assert federation.result(study, "census") is None
+        # What two released is of one sum; that it was summed, or was not, nothing proves to them.
+        doubtful = [silo for silo in silos if History.of(silo.studies[study].disk).in_doubt]
+        assert doubtful == silos
+        store = Store(Home(federation.home).database(Home(federation.home).config()))
+        assert store.run(records.sessions_under_way) == set()
+        assert store.run(verified).entries > 0
+        store.close()
+        with pytest.raises(admin.AdminError, match="is stopped"):
+            admin.stop_study(federation.home, study, abandon=True)
 
 
 def made(folder: Path, database: str | None = None) -> Path:

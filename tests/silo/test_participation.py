@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from concilium.status import silo_page
 from protos.v1 import coordination_pb2 as pb
 from secagg.context import SessionContext
+from secagg.ledger import Masked, Opened
 from secagg.messages import Signed, Step
 from secagg.primitives import Secret
 from secagg.roster import Roster
 from secagg.silo import SiloParty
-from silo import participation
+from silo import admin, participation
 from silo.config import Data, SiloConfig, Site
 from silo.errors import DataError
 from silo.files import read_json, write_json
 from silo.heads import Heads
 from silo.home import SiloHome
+from silo.ledger import LedgerFile
 from silo.offers import Terms, keep_offer, pin
 from silo.participation import Participation, Tools
 from silo.status import Status
@@ -229,3 +235,30 @@ async def test_who_leaves_begins_nothing_and_tells_the_study_centre_when_nothing
     pin(study, Terms(PLAN, later))
     assert not study.ended.exists()
     assert not study.leave.exists()
+
+
+async def test_a_study_that_ends_with_a_session_in_doubt_says_which_and_can_be_settled_by_hand(
+    tmp_path: Path,
+) -> None:
+    """What the study centre does when nothing can prove the end: `study stop --abandon`."""
+    study = SiloHome(tmp_path).study("trial")
+    context = SessionContext.decode(opened(7).open.context)
+    ledger = LedgerFile(study.ledger, "trial")
+    ledger.append(Opened(context))
+    ledger.append(Masked(context.digest, bytes(32)))
+    ledger.close()
+    ended = pb.StudyEnded(reason=pb.StudyEnded.STOPPED)
+    client = ScriptedClient(pb.Task(study="trial", ended=ended))
+    shown = await take_part(tmp_path, client, Vectors(tmp_path))
+    assert (shown["state"], shown["activity"]) == ("ended", "nothing proved how session 7 ended")
+    values = {**admin.status(tmp_path), "studies": {"trial": shown}}
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(silo_page(values, time.time()))
+    assert "nothing proved how session 7 ended" in console.export_text()
+    assert admin.settle_doubt(tmp_path, "trial") == ["session 7 (census 1)"]
+    assert admin.settle_doubt(tmp_path, "trial") == []
+
+
+def test_a_command_that_looks_at_a_folder_without_studies_leaves_none(tmp_path: Path) -> None:
+    assert list(SiloHome(tmp_path / "mistyped").studies()) == []
+    assert not (tmp_path / "mistyped").exists()
