@@ -10,6 +10,12 @@ from kernels._group_norm_silu_cpu import group_norm_silu_reference
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+@pytest.fixture(params=[True, False], ids=["", "older-torch"])
+def torch_kernels(request, monkeypatch):
+    """With torch's own kernels where these are fast, and as before they were for few channels."""
+    monkeypatch.setattr("kernels._group_norm_silu_cpu._VECTORISED", request.param)
+
+
 def _inputs(shape=(3, 12, 5, 7), dtype=torch.float32, *, embedded=False, mean=0.0):
     generator = torch.Generator().manual_seed(4)
     batch, channels = shape[:2]
@@ -34,7 +40,9 @@ def _close(got, want, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-def test_value_and_gradients_are_those_of_the_definition(layout, dtype, embedded, silu):
+def test_value_and_gradients_are_those_of_the_definition(
+    layout, dtype, embedded, silu, torch_kernels
+):
     x, affine, embedding = _inputs(dtype=dtype, embedded=embedded)
     leaves = [layout(x), *affine, *embedding]
     ours = [v if v is None else v.detach().requires_grad_() for v in leaves]
@@ -54,7 +62,7 @@ def test_value_and_gradients_are_those_of_the_definition(layout, dtype, embedded
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_a_large_mean_cancels_neither_variance_nor_gradient(layout, embedded):
+def test_a_large_mean_cancels_neither_variance_nor_gradient(layout, embedded, torch_kernels):
     x, affine, embedding = _inputs((2, 8, 16, 16), embedded=embedded)
     x[1] += 1000.0  # torch's own channels_last GroupNorm is wrong in the first digit here
     ours = layout(x).detach().requires_grad_()
@@ -87,7 +95,9 @@ def test_a_sample_is_the_same_in_any_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_half_precision_is_the_same_in_chunks_of_any_size(layout, embedded, monkeypatch):
+def test_half_precision_is_the_same_in_chunks_of_any_size(
+    layout, embedded, monkeypatch, torch_kernels
+):
     x, affine, embedding = _inputs((5, 8, 6, 6), torch.bfloat16, embedded=embedded)
     x[3] += 300.0  # this one is centred first
     x, upstream = layout(x), torch.randn(x.shape).bfloat16()
@@ -108,7 +118,7 @@ def test_half_precision_is_the_same_in_chunks_of_any_size(layout, embedded, monk
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rows_of_channels_as_attention_has_them_are_not_copied(dtype):
+def test_rows_of_channels_as_attention_has_them_are_not_copied(dtype, torch_kernels):
     x, affine, _ = _inputs((3, 12, 35), dtype)
     x = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     y = kernels.group_norm_silu(x, 4, *affine)
@@ -123,7 +133,7 @@ def test_rows_of_channels_as_attention_has_them_are_not_copied(dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (1, 4, 1, 1), (2, 4), (2, 4, 9), (2, 4, 2, 2, 2)])
-def test_shapes_from_empty_to_volumes(shape):
+def test_shapes_from_empty_to_volumes(shape, torch_kernels):
     x, affine, _ = _inputs(shape)
     x.requires_grad_()
     y = kernels.group_norm_silu(x, 2, *affine)
