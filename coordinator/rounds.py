@@ -13,7 +13,7 @@ from coordinator.aggregation import aggregate, mean_comparison, round_input
 from coordinator.sessions import SessionEnd
 from coordinator.steps import Json, Steps
 from coordinator.summing import Asked, StudyFailed
-from study.quantity import EvaluationWork, RoundWork, evaluation_bins
+from study.quantity import AuxiliaryImages, EvaluationWork, RoundWork, evaluation_bins
 from study.sections import Evaluation
 from study.strategies import RoundRecord
 
@@ -28,8 +28,15 @@ class Rounds(Steps):
     async def _round(self, number: int, model: Json, count: int, auxiliary: Json) -> Json:
         """Sum, aggregate, perhaps correct, show, measure."""
         key = f"round {number:05}"
+        shared = None
+        if "shared" in auxiliary:
+            images = auxiliary["images"] - auxiliary["held_out_images"]
+            shared = AuxiliaryImages(sha256=auxiliary["shared"], images=images)
         work = RoundWork(
-            total_count=count, sizes=tuple(model["sizes"]), clips=tuple(model["clips"])
+            total_count=count,
+            sizes=tuple(model["sizes"]),
+            clips=tuple(model["clips"]),
+            auxiliary=shared,
         )
         await self._stage(f"round {number} of {self._plan.rounds.count}")
         end = await self.once(f"{key} sum", lambda: self._sum_round(number, model, work))
@@ -50,7 +57,8 @@ class Rounds(Steps):
 
     async def _sum_round(self, number: int, model: Json, work: RoundWork) -> Json:
         sha256 = await self._round_input(model)
-        asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256])
+        shared = [] if work.auxiliary is None else [bytes.fromhex(work.auxiliary.sha256)]
+        asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256, *shared])
         end: SessionEnd = await self._summing.sum(asked)
         silos, epoch = self._names(end.survivors), self._live.roster.epoch
         return {"silos": silos, "epoch": epoch, "session": asdict(end)}

@@ -23,7 +23,7 @@ from coordinator.summing import Asked, StudyFailed, Summing
 from secagg.masking import DTYPES
 from study.plan import Plan
 from study.quantity import ImagesWork, TagsWork
-from study.reservation import collect, renumber, split_labels
+from study.reservation import collect, renumber, split_labels, with_labels
 
 Json = dict[str, Any]
 Once = Callable[[str, Callable[[], Awaitable[Json]]], Awaitable[Json]]
@@ -38,7 +38,8 @@ async def collect_union(
     once: Once,
 ) -> Json:
     """{training, held_out}: artifacts (.npy, uint8 [n, c, h, w]), and how many images each has; in
-    a conditional study also {training_labels, held_out_labels} (.npy, int64 [n]).
+    a conditional study also {training_labels, held_out_labels} (.npy, int64 [n]). Where silos train
+    on them too, {shared}: the training images as `study.quantity.AuxiliaryImages` has them.
 
     Raises StudyFailed where the attempts that the plan allows are used up.
     """
@@ -60,7 +61,10 @@ async def collect_union(
             partial(_sum_images, summing, live, attempt, tags),
         )
         if images["session"]["kind"] == "summed":
-            return await asyncio.to_thread(_split, tools, live, images)
+            parts = await asyncio.to_thread(_split, tools, live, images)
+            if "shared" in parts:
+                await _publish(tools, live, bytes.fromhex(parts["shared"]))
+            return parts
         if images["epoch"] == live.roster.epoch:  # indices mean nothing in another one
             vanished |= set(images["session"]["missing"])
         await tools.store.do(records.set_error, live.id, images["session"]["why"])
@@ -85,6 +89,13 @@ async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Aske
         results.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
     )
     return {"occupied": occupied, "epoch": live.roster.epoch, "session": asdict(end)}
+
+
+async def _publish(tools: Tools, live: LiveStudy, sha256: bytes) -> None:
+    size = tools.artifacts.path(sha256).stat().st_size
+    await tools.store.do(
+        results.record_artifact, live.id, sha256, "auxiliary", size, published=True
+    )
 
 
 async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Json) -> Json:
@@ -133,12 +144,18 @@ def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:
         )
     parts = {"training": slice(held, None), "held_out": slice(held)}
     named: dict[str, NDArray[Any]] = {name: union[part] for name, part in parts.items()}
+    shared = {}
+    if live.plan.strategy.local_rules().auxiliary_share:
+        own = None if labels is None else labels[held:]
+        records = union[held:] if own is None else with_labels(union[held:], own)
+        shared["shared"] = tools.artifacts.put(np.ascontiguousarray(records).data.cast("B")).hex()
     histogram = {}
     if labels is not None:
         named |= {f"{name}_labels": labels[part] for name, part in parts.items()}
         histogram = {"labels": np.bincount(labels, minlength=live.plan.model.classes or 0).tolist()}
     return {
         **{name: tools.artifacts.put(_npy(array)).hex() for name, array in named.items()},
+        **shared,
         **histogram,
         "images": len(union),
         "held_out_images": held,

@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffusion.labels import Labels
 from kernels.noise import derive_key, uniform
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Images that take a fixed part of every batch, beside one's own."""
+
+    images: Images
+    """uint8 (n, c, h, w)."""
+    labels: Labels | None
+    """int64 (n,), for a conditional model."""
+    part: float
+    """Of a batch, above 0 and below 1; rounded to whole images, and one is always one's own."""
+
+
+class Batches:
+    """Batch k: one's own images, then the shared ones, each in a `BatchOrder` of their own."""
+
+    def __init__(
+        self,
+        images: Images,
+        labels: Labels | None,
+        shared: Shared | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        taken = 0 if shared is None else min(round(shared.part * batch_size), batch_size - 1)
+        self._sets = [(images, labels, BatchOrder(len(images), batch_size - taken, seed))]
+        if shared is not None and taken:
+            order = BatchOrder(len(shared.images), taken, seed, "shared batch order")
+            self._sets.append((shared.images, shared.labels, order))
+
+    def batch(self, step: int, rows: slice) -> tuple[Images, Labels | None]:
+        """Those images of batch `step` that are in `rows`, and their labels where there are any."""
+        chosen = [(order.indices(step), own, known) for own, known, order in self._sets]
+        images = np.concatenate([own[indices] for indices, own, _ in chosen])
+        labels = [known[indices] for indices, _, known in chosen if known is not None]
+        return images[rows], np.concatenate(labels)[rows] if labels else None
 
 
 class BatchOrder:
@@ -14,15 +56,15 @@ class BatchOrder:
 
     Batch k holds the draws k·batch_size … (k + 1)·batch_size − 1 of the endless sequence of epochs:
     every image comes once before any comes twice, and training resumes at any step. The order of
-    epoch e sorts the Philox uniforms of (seed, e).
+    epoch e sorts the Philox uniforms of (seed, e); orders of different names differ.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, name: str = "batch order") -> None:
         if n < 1:
             raise ValueError("there is no image to train on: images has length 0")
         self._n = n
         self._batch_size = batch_size
-        self._key = torch.tensor(derive_key(seed, "batch order"))
+        self._key = torch.tensor(derive_key(seed, name))
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 

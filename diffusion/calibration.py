@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from diffusion.batches import Images
 from diffusion.execution import Execution
 from diffusion.labels import Labels
 from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
-from diffusion.training import Images, TrainResult, train
+from diffusion.training import TrainResult, train
 
 
 def calibrate(

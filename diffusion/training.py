@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import distributed, nn
 
-from diffusion.batches import BatchOrder
+from diffusion.batches import Batches, Images, Shared
 from diffusion.checkpoint import Checkpoint
 from diffusion.execution import Execution
 from diffusion.flat import FlatParameters
@@ -28,7 +27,6 @@ from diffusion.spec import ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from kernels import adamw_ema_, ddpm_loss, q_sample
 from kernels.noise import derive_key, timesteps
 
-Images = NDArray[np.uint8]
 _NOTHING: Vector = np.empty(0, dtype=np.float32)
 
 
@@ -71,6 +69,7 @@ def train(
     seed: int,
     execution: Execution,
     labels: Labels | None = None,
+    shared: Shared | None = None,
     first_step: int = 0,
     ema: Vector | None = None,
     proximal: tuple[Vector, float] | None = None,
@@ -84,6 +83,7 @@ def train(
     """Take `steps` steps of AdamW on `images` (uint8 (n, c, h, w), array or memmap), in place.
 
     labels       int64 (n,), for a conditional model: of each image its class
+    shared       images that take a fixed part of every batch, beside `images`
     first_step   number of the first step within the whole training: batches, noise, learning-rate
                  warm-up and EMA ramp go on from there
     ema          the moving average so far; None starts it at the model's weights
@@ -103,13 +103,16 @@ def train(
     """
     _check_images(images)
     check_labels(model, labels, len(images))
+    if shared is not None:
+        _check_images(shared.images)
+        check_labels(model, shared.labels, len(shared.images))
     run = _Run(model, schedule, objective, optimizer, seed, execution)
     run.begin(first_step, steps, ema, proximal, control, resume)
-    order = BatchOrder(len(images), optimizer.batch_size, seed)
+    batches = Batches(images, labels, shared, optimizer.batch_size, seed)
     for done in range(run.done, steps):
-        indices = order.indices(first_step + done)[run.rows]
-        known = None if labels is None else _to_device(labels[indices], execution.device)
-        run.step(_to_device(images[indices], execution.device), known)
+        batch, of_batch = batches.batch(first_step + done, run.rows)
+        known = None if of_batch is None else _to_device(of_batch, execution.device)
+        run.step(_to_device(batch, execution.device), known)
         if progress:
             progress(done + 1, float(run.losses[done]))
         due = done + 1 < steps and ((done + 1) % save_every == 0 or save_now())

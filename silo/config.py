@@ -105,6 +105,10 @@ class Policy(Spec):
     auxiliary_samples: bool = True
     """Whether audited synthetic images may leave in the anonymous union."""
 
+    auxiliary_among_sites: bool = True
+    """Whether the other sites may be sent that union, to train on it too (the strategy's
+    auxiliary_share)."""
+
     largest_auxiliary: Annotated[int, Field(ge=10, le=1_000_000)] = 100_000
     """Most synthetic images in the union, those of all sites together."""
 

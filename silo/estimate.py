@@ -124,6 +124,8 @@ def transfers(plan: Plan, silos: int) -> Traffic:
         occupied = slots * (1 - np.exp(-plan.auxiliary.images / slots))
         records = Traffic(occupied * plan.record_size, 4 * slots)
         total += session(tags, plan, silos) + messages(silos) + records
+    if plan.auxiliary is not None and plan.strategy.local_rules().auxiliary_share:
+        total += Traffic(0, plan.auxiliary.images * (plan.record_size - 1))
     return total * _TRANSPORT
 
 

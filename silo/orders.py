@@ -67,6 +67,9 @@ class TrainRound(Order["RoundTrained"]):
     """The input model: flat float32, little-endian; its file is named by its SHA-256."""
     images: Path
     """uint8 .npy (n, c, h, w)."""
+    auxiliary: Path | None
+    """Auxiliary images to train on as well, where the strategy wants that: one record after the
+    other, (label and) pixels."""
     count: int
     """Coarse count: the weight of this silo."""
     seed: int

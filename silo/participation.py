@@ -289,6 +289,7 @@ class Participation:
     def _forget_others(self, proposal: Proposal) -> None:
         """Files of other proposals: a coordinator names as many as it likes."""
         wanted = {artifact.sha256.hex() for artifact in proposal.artifacts}
+        wanted |= self._quantities.kept
         for file in self._study.artifacts.iterdir():
             if file.name.partition(".")[0] not in wanted:
                 file.unlink(missing_ok=True)

@@ -87,6 +87,8 @@ def _plan_rules(policy: Policy, plan: Plan) -> Iterator[Declined]:
             "largest_steps", f"{steps:,} training steps, at most {policy.largest_steps:,}"
         )
     yield from _auxiliary_rules(policy, plan.auxiliary)
+    if plan.strategy.local_rules().auxiliary_share and not policy.auxiliary_among_sites:
+        yield Declined("auxiliary_among_sites", "it sends the synthetic images to every site")
     for purpose in purposes(plan):
         if purpose not in policy.purposes:
             yield Declined(

@@ -69,7 +69,8 @@ class Proposal:
     context: SessionContext
     work: Work
     artifacts: tuple[Artifact, ...] = ()
-    """The files that the work needs: the input model, or the sum of tags; then the samples."""
+    """The files that the work needs: the input model, or the sum of tags; then the samples, or
+    the auxiliary images."""
 
 
 def check_open(session: int, message: pb.Open, pinned: Pinned) -> Proposal:
@@ -100,8 +101,12 @@ def _expected(
     if isinstance(work, ImagesWork):
         reservation = bytes.fromhex(work.tags)
         survivors = pinned.tags[round].survivors
-    if isinstance(work, RoundWork):
+    if isinstance(work, RoundWork) and work.auxiliary is None:
         (model,) = _named(message, "the input model")
+    elif isinstance(work, RoundWork) and work.auxiliary is not None:
+        model, auxiliary = _named(message, "the input model", "the auxiliary images")
+        if auxiliary.hex() != work.auxiliary.sha256:
+            raise ValueError(f"round {round}: the auxiliary images are not those of the work")
     if isinstance(work, EvaluationWork):
         model, samples = _named(message, "the model", "its samples")
         if samples.hex() != work.samples:
@@ -191,6 +196,13 @@ def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
         raise ValueError(f"round {round}: {sum(work.sizes)} parameters are not the plan's model")
     if round == 1 and work.clips != plan.first_clips(len(work.sizes) // parts):
         raise ValueError(f"round 1: the clips are not the plan's first_clip = {plan.first_clip}")
+    wanted = plan.strategy.local_rules().auxiliary_share > 0.0
+    if wanted != (work.auxiliary is not None):
+        raise ValueError(
+            f"round {round}: auxiliary images to train on are {'' if wanted else 'not '}in the plan"
+        )
+    if work.auxiliary is not None and work.auxiliary.images > _slots(plan):
+        raise ValueError(f"round {round}: {work.auxiliary.images} auxiliary images are too many")
 
 
 def _check_evaluation(work: EvaluationWork, round: int, plan: Plan) -> None:
@@ -208,7 +220,11 @@ def _artifacts(work: Work, message: pb.Open, pinned: Pinned) -> tuple[Artifact, 
     plan = pinned.plan
     match work:
         case RoundWork():
-            return (Artifact(message.artifacts[0], 4 * sum(work.sizes)),)
+            given = Artifact(message.artifacts[0], 4 * sum(work.sizes))
+            if work.auxiliary is None:
+                return (given,)
+            size = work.auxiliary.images * (plan.record_size - 1)
+            return given, Artifact(message.artifacts[1], size)
         case EvaluationWork():
             model, samples = message.artifacts
             return (
@@ -216,10 +232,13 @@ def _artifacts(work: Work, message: pb.Open, pinned: Pinned) -> tuple[Artifact, 
                 Artifact(samples, work.images * math.prod(plan.data.shape)),
             )
         case ImagesWork():
-            slots = plan.auxiliary.slots_per_image * plan.auxiliary.images if plan.auxiliary else 0
-            return (Artifact(bytes.fromhex(work.tags), 4 * slots),)
+            return (Artifact(bytes.fromhex(work.tags), 4 * _slots(plan)),)
         case _:
             return ()
+
+
+def _slots(plan: Plan) -> int:
+    return plan.auxiliary.slots_per_image * plan.auxiliary.images if plan.auxiliary else 0
 
 
 def _named(message: pb.Open, *names: str) -> tuple[bytes, ...]:

@@ -62,6 +62,8 @@ class Quantities:
         self._home, self._study, self._plan, self._index = home, study, plan, index
         self._config, self._worker = config, worker
         self._on_progress: Callable[[Progress], None] = lambda _: None
+        self.kept: frozenset[str] = frozenset()
+        """Artifacts that every round reads: the auxiliary images of the last one's work."""
         self._secret = _secret(study.path / "seed")
         seed = derived_seed(self._secret, "local model")
         self._auxiliary = Auxiliary(study, plan, worker.machine, seed, self._run)
@@ -79,6 +81,8 @@ class Quantities:
         """
         self._on_progress = on_progress
         context = proposal.context
+        if isinstance(proposal.work, RoundWork):
+            self.kept = frozenset(file.name for file in artifacts[1:])
         folder = self._study.vector(context.quantity.purpose, context.quantity.round)
         vector, request = folder / "vector", _request(context)
         if read_json(folder / "request.json") == request and vector.exists():
@@ -111,7 +115,8 @@ class Quantities:
         if quantity.purpose == "round":
             # This round's input, the model evaluated before it: the next round brings its own.
             for artifact in self._study.artifacts.iterdir():
-                artifact.unlink(missing_ok=True)
+                if artifact.name not in self.kept:
+                    artifact.unlink(missing_ok=True)
 
     def _forget_others(self, folder: Path, model: str) -> None:
         """Vectors of this purpose and checkpoints that belong to other sessions: whoever proposes
@@ -150,7 +155,7 @@ class Quantities:
                 content = await asyncio.to_thread(self._auxiliary.images, attempt, work, total)
                 write_file(vector, content)
             case RoundWork():
-                await self._round(attempt, work, roster.size, artifacts[0], folder)
+                await self._round(attempt, work, roster.size, artifacts, folder)
             case EvaluationWork():
                 await self._evaluation(attempt, work, roster.size, artifacts, vector)
 
@@ -162,13 +167,20 @@ class Quantities:
             log.warning("feature moments exceed the study's bound", values=done.clipped)
 
     async def _round(
-        self, round: int, work: RoundWork, silos: int, model: Path, folder: Path
+        self,
+        round: int,
+        work: RoundWork,
+        silos: int,
+        artifacts: Sequence[Path],
+        folder: Path,
     ) -> None:
         if self._index not in self._plan.working(round, silos):
             log.info("rests", round=round)
             zeros = delta_encoding(work, silos, self._plan.secure_sum.ring).zeros()
             return write_file(folder / "vector", zeros.tobytes())
         images = await self._images()
+        model, *auxiliary = artifacts
+        inputs = "-".join(file.name for file in artifacts)
         order = TrainRound(
             machine=self._worker.machine,
             plan=self._plan.toml(),
@@ -178,6 +190,7 @@ class Quantities:
             work=encode_work(work),
             model=model,
             images=images.file,
+            auxiliary=auxiliary[0] if auxiliary else None,
             count=coarse_count(images.count),
             seed=derived_seed(self._secret, f"round {round}"),
             residual=self._study.residual,
@@ -185,7 +198,7 @@ class Quantities:
             new_residual=folder / self._study.residual.name,
             control=self._study.control,
             new_control=folder / self._study.control.name,
-            checkpoint=self._study.work / f"round-{round}-{model.name}.checkpoint",
+            checkpoint=self._study.work / f"round-{round}-{inputs}.checkpoint",
         )
         done = await self._run(order)
         if done.fault:

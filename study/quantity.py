@@ -76,6 +76,14 @@ class ImagesWork(_Work):
     record_size: Annotated[int, Field(ge=2, le=10**8)]
 
 
+class AuxiliaryImages(_Work):
+    """The auxiliary images that silos train on beside their own: `images` records of the anonymous
+    union, without their first byte."""
+
+    sha256: Sha256Hex
+    images: Annotated[int, Field(ge=1, le=10**8)]
+
+
 class RoundWork(_Work):
     """Train from the input model and contribute the weighted delta."""
 
@@ -83,6 +91,8 @@ class RoundWork(_Work):
     total_count: Count
     sizes: tuple[Annotated[int, Field(ge=1)], ...]
     clips: tuple[Annotated[float, Field(gt=0)], ...]
+    auxiliary: AuxiliaryImages | None = None
+    """Where the strategy has an auxiliary_share."""
 
 
 class EvaluationWork(_Work):
@@ -107,8 +117,9 @@ _ADAPTER: TypeAdapter[Work] = TypeAdapter(Annotated[Work, Field(discriminator="p
 
 
 def encode_work(work: Work) -> bytes:
-    """Canonical JSON: fields in order of declaration, shortest floats, no spaces."""
-    return work.model_dump_json().encode("utf-8")
+    """Canonical JSON: fields in order of declaration, shortest floats, no spaces; what is absent is
+    left out."""
+    return work.model_dump_json(exclude_none=True).encode("utf-8")
 
 
 def decode_work(data: bytes) -> Work:

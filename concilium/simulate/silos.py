@@ -17,6 +17,7 @@ from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from diffusion.audit import audit
+from diffusion.batches import Shared
 from diffusion.execution import Execution, choose_execution
 from diffusion.labels import Labels, drawn_labels
 from diffusion.model import build_model
@@ -152,6 +153,8 @@ class RoundTask:
     labels: Labels | None
     """Where the model is conditional."""
     own_control: Vector | None
+    shared: Shared | None
+    """Auxiliary images, where the strategy has silos train on them."""
 
 
 def train_round(task: RoundTask) -> Arrays:
@@ -163,6 +166,7 @@ def train_round(task: RoundTask) -> Arrays:
         task.given,
         task.images,
         labels=task.labels,
+        shared=task.shared,
         round=task.round,
         seed=derived_seed(task.secret, f"round {task.round}"),
         execution=execution_of(task.point.simulation.precision),

@@ -30,13 +30,15 @@ from concilium.simulate.silos import (
 from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from coordinator.aggregation import unbiased
+from diffusion.batches import Shared
 from diffusion.calibration import calibrate
 from diffusion.labels import Labels
 from diffusion.loss import fixed_loss
 from diffusion.model import build_model, initialise, load_vector, parameter_layout, to_vector
 from silo.jobs.round import rounding_key
 from study.encoding import next_clips
-from study.quantity import RoundWork, delta_encoding, encode_work
+from study.quantity import AuxiliaryImages, RoundWork, delta_encoding, encode_work
+from study.reservation import with_labels
 from study.strategies import RoundRecord
 
 Json = dict[str, Any]
@@ -56,6 +58,7 @@ class Study:
         """The global model, as far as `events` was read."""
         self._execution = execution_of(point.simulation.precision)
         self._ruler = Ruler(point.plan, federation, memo, self._execution, point.simulation)
+        self._shared: Shared | None = None
         self._common = {
             "data": federation.digest,
             "precision": point.simulation.precision,
@@ -76,16 +79,20 @@ class Study:
         if self._plan.strategy.correction or self._point.training == "auxiliary":
             union = self._auxiliary()
             auxiliary = union["images"], union.get("labels")
+            self._shared = self._shared_part(auxiliary)
             yield {
                 "event": "auxiliary",
                 "images": len(union["images"]),
                 **{name: int(union[name]) for name in ("tag_bytes", "image_bytes")},
-                **self._ruler.of_images(union["images"]).line(),
+                **self._measured(union["images"]),
             }
         if self._point.training == "federated":
             yield from self._rounds(auxiliary)
         else:
             yield from self._alone(auxiliary)
+
+    def _measured(self, images: Images) -> Json:
+        return {} if self._plan.evaluation is None else self._ruler.of_images(images).line()
 
     # --- federated rounds
 
@@ -103,7 +110,12 @@ class Study:
         steps = {"local_steps": 0, "correction_steps": 0}
         for number in range(1, plan.rounds.count + 1):
             given = plan.strategy.round_input(state, model)
-            work = RoundWork(total_count=self._federation.total, sizes=sizes, clips=clips)
+            work = RoundWork(
+                total_count=self._federation.total,
+                sizes=sizes,
+                clips=clips,
+                auxiliary=self._named_shared(),
+            )
             summed = self._round(number, given, work, kept)
             kept = {name: summed[name] for name in ("residual", "control") if name in summed}
             mean = unbiased(plan, summed["mean"], model.size, number, self._federation.size)
@@ -139,12 +151,21 @@ class Study:
             "given": digest_array(given),
             "optimizer": plan.optimizer_of(number).model_dump(mode="json"),
             "steps": plan.rounds.local_steps,
-            "rules": asdict(plan.strategy.local_rules()),
+            **self._rules(given),
             "working": sorted(plan.working(number, self._federation.size)),
             "kept": {name: digest_array(array) for name, array in kept.items()},
             "secure": [plan.secure_sum.ring, *work.clips] if self._secure else None,
         }
         return self._memo.get(inputs, lambda: self._sum_round(number, given, work, kept))
+
+    def _rules(self, given: Vector) -> Json:
+        rules = asdict(self._plan.strategy.local_rules())
+        if self._shared is None:  # as it was before there were shared images: what is kept counts
+            return {"rules": {k: v for k, v in rules.items() if k != "auxiliary_share"}}
+        return {
+            "rules": rules,
+            "shared": _digest(given, (self._shared.images, self._shared.labels)),
+        }
 
     def _sum_round(
         self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]
@@ -164,6 +185,7 @@ class Study:
                 federation.images[index - 1],
                 labels[index - 1],
                 None if control is None else control[index - 1],
+                self._shared,
             )
             for index in working
         ]
@@ -238,6 +260,28 @@ class Study:
             "residual": carried,
         }
 
+    def _shared_part(self, auxiliary: Labelled) -> Shared | None:
+        """What silos are sent: all but what the trigger watches."""
+        part = self._plan.strategy.local_rules().auxiliary_share
+        if not part:
+            return None
+        return Shared(*_part(auxiliary, slice(self._held_out(auxiliary), None)), part)
+
+    def _named_shared(self) -> AuxiliaryImages | None:
+        """As the work of a round names them: the rounding of the deltas is drawn by it."""
+        if self._shared is None:
+            return None
+        images, labels = self._shared.images, self._shared.labels
+        records = images if labels is None else with_labels(images, labels)
+        sha256 = hashlib.sha256(np.ascontiguousarray(records).data).hexdigest()
+        return AuxiliaryImages(sha256=sha256, images=len(images))
+
+    def _held_out(self, auxiliary: Labelled) -> int:
+        correction = self._plan.strategy.correction
+        if correction is None:
+            raise AssertionError("only strategies that correct are asked")
+        return max(1, round(len(auxiliary[0]) * correction.held_out))
+
     # --- the correction
 
     def _decide(
@@ -252,7 +296,7 @@ class Study:
         correction = self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
-        held = max(1, round(len(auxiliary[0]) * correction.held_out))
+        held = self._held_out(auxiliary)
         watched, training = (_part(auxiliary, p) for p in (slice(held), slice(held, None)))
         before = self._held_out_loss(model, watched)
         now = RoundRecord(number, before, silo_loss=silo_loss)

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from diffusion.batches import Images, Shared
 from diffusion.checkpoint import Checkpoint
 from diffusion.execution import Execution
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
-from diffusion.training import Images, train
+from diffusion.training import train
 from silo.data.cache import Labels
 from silo.errors import ProposalRefused
 from silo.files import sync_file, write_file
@@ -42,6 +43,7 @@ from silo.worker import ProgressFile
 from study.encoding import Encoded
 from study.plan import Plan, load_plan
 from study.quantity import RoundWork, decode_work, delta_encoding
+from study.reservation import split_labels
 
 Vector = NDArray[np.float32]
 
@@ -62,6 +64,7 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
         given,
         read_images(order.images),
         labels=read_labels(plan, order.images),
+        shared=shared_images(plan, order.auxiliary),
         round=order.round,
         seed=order.seed,
         execution=execution_of(order.machine),
@@ -102,6 +105,7 @@ def train_from(
     images: Images,
     *,
     labels: Labels | None = None,
+    shared: Shared | None = None,
     round: int,
     seed: int,
     execution: Execution,
@@ -110,7 +114,8 @@ def train_from(
     save: Callable[[Checkpoint], None] | None = None,
     resume: Checkpoint | None = None,
 ) -> Trained:
-    """The silo's half of a round: `local_steps` steps from `given` (θ, or [θ; c]) on its images.
+    """The silo's half of a round: `local_steps` steps from `given` (θ, or [θ; c]) on its images,
+    and on the `shared` ones where the strategy wants that.
 
     `own_control` is c_i, None before the first round that this silo worked in.
     """
@@ -124,6 +129,7 @@ def train_from(
         model,
         images,
         labels=labels,
+        shared=shared,
         steps=steps.local_steps,
         schedule=plan.schedule,
         objective=plan.objective,
@@ -144,6 +150,22 @@ def train_from(
         change = np.concatenate([change, new_own - own])
     loss = result.loss_sum / max(result.steps, 1)
     return Trained(change, loss, new_own, result.first_non_finite_step)
+
+
+def shared_images(plan: Plan, path: Path | None) -> Shared | None:
+    """The auxiliary images of a round's work. A label that is no class is a silo's mistake or
+    malice: its image is left out, here as at the coordinator."""
+    if path is None:
+        return None
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, plan.record_size - 1)
+    part = plan.strategy.local_rules().auxiliary_share
+    if plan.model.classes is None:
+        return Shared(records.reshape(-1, *plan.data.shape), None, part)
+    images, labels = split_labels(records, plan.data.shape)
+    known = labels < plan.model.classes
+    if not known.any():
+        raise ProposalRefused("no auxiliary image has a label of the plan's classes")
+    return Shared(images[known], labels[known], part)
 
 
 def _input_model(plan: Plan, work: RoundWork, order: TrainRound, given: Vector) -> nn.Module:

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.batches import Images
 from diffusion.checkpoint import Checkpoint
 from diffusion.execution import Execution
 from diffusion.loss import fixed_loss
 from diffusion.model import build_model, load_vector
-from diffusion.training import Images, train
+from diffusion.training import train
 from silo.data.cache import Labels
 from silo.jobs.together import leads
 from silo.jobs.training import SAVE_EVERY, first_model

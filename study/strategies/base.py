@@ -26,6 +26,9 @@ class LocalRules:
     proximal_mu: float = 0.0
     """μ of the proximal term μ/2 · ‖θ − θ_global‖² in the local loss; 0 = none."""
 
+    auxiliary_share: float = 0.0
+    """Part of every local batch that is of the auxiliary set, which silos are sent for it."""
+
     control: bool = False
     """Whether every gradient gets c − c_i, and the silo's vector is [δ; Δc_i] (SCAFFOLD)."""
 

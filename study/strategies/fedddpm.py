@@ -11,6 +11,7 @@ coordinator's to run; this file says when, how long and on which share of A.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -35,6 +36,10 @@ class Corrected(Strategy):
     control_variates: bool = False
     """Whether silos train with control variates against their drift, as SCAFFOLD's do: twice the
     bytes each way. A correction does not touch them."""
+
+    auxiliary_share: Annotated[float, Field(ge=0.0, le=0.9)] = 0.0
+    """Part of every local batch that is of the auxiliary set, against the silos' drift (data that
+    all share: arXiv 1806.00582). Every site is sent the set, without the held-out images."""
 
     correction_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """K: optimiser steps per correction."""
@@ -67,7 +72,7 @@ class Corrected(Strategy):
         return Scaffold() if self.control_variates else FedAvg()
 
     def local_rules(self) -> LocalRules:
-        return self._base.local_rules()
+        return replace(self._base.local_rules(), auxiliary_share=self.auxiliary_share)
 
     def initial_state(self, size: int) -> State:
         return self._base.initial_state(size)

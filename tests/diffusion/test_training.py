@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.batches import BatchOrder
+from diffusion.batches import Batches, BatchOrder, Shared
 from diffusion.calibration import calibrate
 from diffusion.checkpoint import (
     Checkpoint,
@@ -286,3 +286,25 @@ def test_placing_a_model_changes_its_speed_and_not_its_output(batch: int) -> Non
     )
     torch.testing.assert_close(placed(x_t, t).sample, want)
     assert dict(placed.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+
+
+def test_shared_images_take_their_part_of_every_batch_and_leave_the_order_of_one_s_own():
+    own = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    given = np.arange(100, 107, dtype=np.uint8).reshape(7, 1, 1, 1)
+    shared = Shared(given, np.arange(7), 0.3)
+    batches = Batches(own, np.full(10, 9), shared, 8, seed=5)
+    alone = BatchOrder(10, 6, seed=5)
+    seen = []
+    for step in range(7):
+        images, labels = batches.batch(step, slice(None))
+        assert images.shape == (8, 1, 1, 1)
+        assert np.array_equal(images[:6].ravel(), alone.indices(step))
+        assert labels is not None
+        assert np.array_equal(labels[:6], np.full(6, 9))
+        assert np.array_equal(labels[6:], images[6:].ravel() - 100)
+        seen += images[6:].ravel().tolist()
+        half, _ = batches.batch(step, slice(1, None, 2))
+        assert np.array_equal(half, images[1::2])
+    assert sorted(seen[:7]) == list(range(100, 107)), "each once before any twice"
+    most, _ = Batches(own, None, Shared(given, None, 0.9), 2, seed=5).batch(0, slice(None))
+    assert most[0, 0, 0, 0] < 10 <= most[1, 0, 0, 0], "one image is one's own"

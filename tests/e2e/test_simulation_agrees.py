@@ -2,12 +2,14 @@
 
 Three silo processes and a coordinator process run two rounds of SCAFFOLD of which each is worked by
 two of the silos; then the rounds are simulated. What differs is the entropy of the masks, which
-cancel, so the models agree to the last bit.
+cancel, so the models agree to the last bit. The same for a study whose silos also train on the
+auxiliary images, in the order in which the service happened to unite them.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,10 @@ from concilium.simulate import silos
 from concilium.simulate.memo import Memo
 from concilium.simulate.spec import Point, Simulation
 from concilium.simulate.study import Study
-from coordinator import admin
+from coordinator import admin, results
+from coordinator.artifacts import Artifacts
+from coordinator.config import Home
+from coordinator.store import Store
 from diffusion.model import build_model, initialise, load_pipeline, to_vector
 from study.plan import load_plan
 
@@ -60,18 +65,44 @@ colluders = 0                         # with one, all three would have to work i
 [rounds]
 count = 2
 local_steps = 3
-participation = 0.6
+"""
+SCAFFOLD = """participation = 0.6
 
 [strategy]
 kind = "scaffold"
 """
+SHARED = """
+[warm_up]
+steps = 2
+
+[auxiliary]
+images = 40
+
+[strategy]
+kind = "fedddpm_plus"
+tau = -1.0
+correction_steps = 2
+auxiliary_share = 0.5
+"""
 LIMIT_SECONDS = 180.0
 
 
-def run_service(out: Path, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, bytes]]:
-    """The final model of a real study, and the secret of each silo."""
+@dataclass(frozen=True)
+class Served:
+    """What a real study left."""
+
+    model: np.ndarray
+    secrets: dict[str, bytes]
+    homes: dict[str, Path]
+    """A folder of the study at each silo."""
+    union: np.ndarray | None
+    """The auxiliary set: what was held out, then what silos and coordinator train on."""
+
+
+def run_service(out: Path, parts: dict[str, np.ndarray], text: str) -> Served:
+    """A real study of the plan `text` to its end."""
     plan = out / "plan.toml"
-    plan.write_text(PLAN, "utf-8")
+    plan.write_text(text, "utf-8")
     with Federation(out, sorted(parts), absent_after=120.0) as federation:
         for name, images in parts.items():
             federation.found_silo(name, images)
@@ -91,9 +122,17 @@ def run_service(out: Path, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, di
         assert status.state == "finished", status.error
         model = to_vector(load_pipeline(status.folder / "model").unet)
         homes = {name: federation.silo_home(name) / "studies" / study for name in parts}
-        rested = [n for n, home in homes.items() if not (home / "control.npy").exists()]
-        assert not rested, "over both rounds every silo has worked"
-        return model, {name: (home / "seed").read_bytes() for name, home in homes.items()}
+        secrets = {name: (home / "seed").read_bytes() for name, home in homes.items()}
+        home = Home(federation.coordinator_home)
+        store = Store(home.database(home.config()))
+        united = store.run(results.result, study, "auxiliary")
+        store.close()
+        union = None
+        if "training" in united:
+            path = Artifacts(home.artifacts).path
+            named = [bytes.fromhex(united[part]) for part in ("held_out", "training")]
+            union = np.concatenate([np.load(path(sha256)) for sha256 in named])
+        return Served(model, secrets, homes, union)
 
 
 @pytest.mark.timeout(LIMIT_SECONDS + 120)
@@ -101,25 +140,46 @@ def test_service_and_simulation_make_the_same_model_by_scaffold_with_silos_that_
     tmp_path: Path,
 ) -> None:
     torch.set_num_threads(1)  # as the silos have it
-    labelled, plan = digits(), load_plan(PLAN)
+    plan = load_plan(PLAN + SCAFFOLD)
     assert {i for n in (1, 2) for i in plan.working(n, 3)} == {1, 2, 3}
+    served, simulated = both(tmp_path, PLAN + SCAFFOLD)
+    rested = [n for n, home in served.homes.items() if not (home / "control.npy").exists()]
+    assert not rested, "over both rounds every silo has worked"
+    np.testing.assert_array_equal(simulated, served.model)
+
+
+@pytest.mark.timeout(LIMIT_SECONDS + 120)
+def test_so_they_do_where_silos_train_on_the_auxiliary_images_too(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    served, simulated = both(tmp_path, PLAN + SHARED)
+    assert served.union is not None
+    np.testing.assert_array_equal(simulated, served.model)
+
+
+def both(folder: Path, text: str) -> tuple[Served, np.ndarray]:
+    """What the service made, and the model that the simulation makes of the same."""
+    labelled, plan = digits(), load_plan(text)
     names = sorted(NAMES[:3])
     split = Partition(labels="classes", classes=4).split(labelled.labels, 3, seed=1)
     parts = {name: labelled.images[part] for name, part in zip(names, split, strict=True)}
-    model, secrets = run_service(tmp_path, parts)
+    served = run_service(folder, parts, text)
 
     simulation = Simulation(data="digits", silos=3, secure_sum=True)
     point = Point("both", "federated", plan, simulation, plan.study.seed)
     federation = silos.Federation(
         tuple(parts.values()),
         tuple(labelled.labels[part] for part in split),
-        tuple(secrets[name] for name in names),
+        tuple(served.secrets[name] for name in names),
     )
-    study = Study(point, federation, Memo(tmp_path / "memo"), silos.Here())
-    assert [event["round"] for event in study.events()] == [1, 2]
+    study = Study(point, federation, Memo(folder / "memo"), silos.Here())
+    if served.union is not None:
+        # Slots are drawn from the system's entropy; the order of the images follows from them.
+        united = {"images": served.union, "tag_bytes": np.array(0), "image_bytes": np.array(0)}
+        study._auxiliary = lambda: united  # type: ignore[method-assign]
+    rounds = [event["round"] for event in study.events() if event["event"] == "round"]
+    assert rounds == [1, 2]
 
     first = build_model(plan.model)
     initialise(first, plan.study.seed)
-    moved = np.linalg.norm(study.model - to_vector(first))
-    assert moved > 0.1
-    np.testing.assert_array_equal(study.model, model)
+    assert np.linalg.norm(study.model - to_vector(first)) > 0.1
+    return served, study.model

@@ -23,7 +23,7 @@ from silo.jobs.evaluation import evaluate_model
 from silo.jobs.local import label_weights, sample_local, train_local
 from silo.jobs.moments import feature_moments
 from silo.jobs.publish import publish_model
-from silo.jobs.round import train_round
+from silo.jobs.round import shared_images, train_round
 from silo.jobs.training import first_model, model_sha256
 from silo.orders import (
     EvaluateModel,
@@ -45,7 +45,7 @@ from study.quantity import (
     evaluation_encoding,
     moments_encoding,
 )
-from study.reservation import split_labels
+from study.reservation import split_labels, with_labels
 from tests.silo.studies import make_plan
 
 CPU = Machine("cpu", None)
@@ -74,6 +74,7 @@ def order(tmp_path: Path, images: Path) -> TrainRound:
         work=encode_work(work),
         model=tmp_path / "model",
         images=images,
+        auxiliary=None,
         count=20,
         seed=11,
         residual=tmp_path / "residual.npy",
@@ -391,3 +392,26 @@ def test_the_final_model_becomes_a_folder_that_diffusers_loads(
     load_vector(model, np.fromfile(order.model, "<f4"))
     assert np.array_equal(to_vector(unet), to_vector(model))
     assert model_sha256(model) == hashlib.sha256(order.model.read_bytes()).digest()
+
+
+def test_auxiliary_images_change_what_is_trained_and_a_label_that_is_none_is_left_out(
+    order: TrainRound, progress: ProgressFile, tmp_path: Path
+) -> None:
+    plan = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5', sha256=SHA256)
+    alone = replace(order, plan=plan.toml())
+    train_round(alone, progress)
+    before = order.vector.read_bytes()
+    records = tmp_path / "auxiliary"
+    np.full((6, 64), 255, np.uint8).tofile(records)
+    train_round(replace(alone, auxiliary=records), progress)
+    assert order.vector.read_bytes() != before
+
+    labelled = make_plan("[model]", "[model]\nclasses = 3", sha256=SHA256)
+    with_labels(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 2, 3, 700])).tofile(records)
+    shared = shared_images(labelled, records)
+    assert shared is not None
+    assert shared.labels is not None
+    assert shared.labels.tolist() == [0, 2]
+    with_labels(np.zeros((2, 1, 8, 8), np.uint8), np.array([3, 700])).tofile(records)
+    with pytest.raises(ProposalRefused, match="no auxiliary image has a label"):
+        shared_images(labelled, records)

@@ -73,6 +73,8 @@ class ScriptedClient:
 class Vectors:
     """Prepares a census at once, or fails, or takes for ever."""
 
+    kept: frozenset[str] = frozenset()
+
     def __init__(self, folder: Path) -> None:
         self.path = folder / "vector"
         self.path.write_bytes(count_encoding(4).encode({"count": 30}).tobytes())

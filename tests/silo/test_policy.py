@@ -50,6 +50,13 @@ def test_the_first_broken_rule_is_named(policy: Policy, rule: str) -> None:
     assert broken(policy) == rule
 
 
+def test_images_go_to_the_other_sites_only_where_a_site_allows_it() -> None:
+    everywhere = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+    assert broken(Policy(), everywhere) == ""
+    assert broken(Policy(auxiliary_among_sites=False), everywhere) == "auxiliary_among_sites"
+    assert broken(Policy(auxiliary_among_sites=False)) == ""
+
+
 def test_an_evaluation_at_the_silos_is_for_sites_that_allow_it() -> None:
     compared = make_plan("samples = 8", "samples = 8\nat_silos = true")
     assert broken(Policy(), compared) == "purposes"

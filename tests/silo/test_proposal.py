@@ -14,8 +14,10 @@ from secagg.context import Quantity, SessionContext
 from secagg.messages import Confirm, Signed, Step
 from silo.errors import ProposalRefused
 from silo.model_size import parameter_count
-from silo.proposal import Artifact, Pinned, check_open
+from silo.proposal import Artifact, Pinned, Proposal, check_open
+from study.plan import Plan
 from study.quantity import (
+    AuxiliaryImages,
     CensusWork,
     EvaluationWork,
     ImagesWork,
@@ -221,3 +223,33 @@ def test_an_evaluation_beyond_the_plan_is_refused(
     forbidden = replace(PINNED, plan=COMPARED, purposes=("census", "round"))
     with pytest.raises(ProposalRefused, match="evaluation: the site policy"):
         check_open(5, ordinary, forbidden)
+
+
+def test_auxiliary_images_to_train_on_come_where_the_plan_says_so_and_are_the_work_s() -> None:
+    plan = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+    images = hashlib.sha256(b"images").digest()
+
+    def check(work: RoundWork, *artifacts: bytes, plan: Plan = plan) -> Proposal:
+        context = session_context(
+            ROSTER, plan.digest(), 16, work, session=5, round=1, model=MODEL, previous=PREVIOUS
+        )
+        message = pb.Open(
+            context=context.encode(), work=encode_work(work), artifacts=[MODEL, *artifacts]
+        )
+        return check_open(5, message, replace(PINNED, plan=plan))
+
+    def shared(n: int) -> RoundWork:
+        named = AuxiliaryImages(sha256=images.hex(), images=n)
+        return ROUND.model_copy(update={"auxiliary": named})
+
+    assert check(shared(20), images).artifacts[1] == Artifact(images, 20 * 64)
+    with pytest.raises(ProposalRefused, match="to train on are in the plan"):
+        check(ROUND)
+    with pytest.raises(ProposalRefused, match="to train on are not in the plan"):
+        check(shared(20), images, plan=PLAN)
+    with pytest.raises(ProposalRefused, match="193 auxiliary images are too many"):
+        check(shared(193), images)
+    with pytest.raises(ProposalRefused, match="not those of the work"):
+        check(shared(20), MODEL)
+    with pytest.raises(ProposalRefused, match="1 artifacts, not the input model and the aux"):
+        check(shared(20))
