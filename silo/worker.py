@@ -139,9 +139,12 @@ class Worker:
             return await self._run_once(order, progress)
         except BrokenProcessPool as error:
             self._stop()
+            # Not every library raises MemoryError; some end the process.
+            limit = self._resources.memory_mib
+            least = "this machine has" if limit is None else f"memory_mib = {limit} in site.toml is"
             raise WorkFailed(
-                f"the worker died twice over {type(order).__name__}: most often this machine has "
-                "too little memory for the study's model and batch size"
+                f"the worker died twice over {type(order).__name__}: most often {least} too little "
+                "memory for the study's model and batch size"
             ) from error
 
     async def _run_once(self, order: Order[R], progress: Path) -> R:
