@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -215,9 +216,12 @@ def _execute(order: Order[R], progress: Path) -> R:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """torch reports it as a RuntimeError of its own words."""
-    said = str(error)
-    return isinstance(error, MemoryError) or any(part in said for part in _NO_MEMORY)
+    """torch reports it as a RuntimeError of its own words; an extension that did not get what it
+    asked for may return nothing at all, which Python makes a SystemError."""
+    limited = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    if isinstance(error, MemoryError) or (limited and isinstance(error, SystemError)):
+        return True
+    return any(part in str(error) for part in _NO_MEMORY)
 
 
 class ProgressFile:
