@@ -35,7 +35,8 @@ DOCS = HERE.parent / "docs"
 BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
 PLUS, PAPER = "fedddpm-plus", "fedddpm"
 UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
-DRAWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, "central", "auxiliary")
+SHARED = "fedddpm-plus-shared"
+DRAWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, SHARED, "central", "auxiliary")
 
 Json = dict[str, Any]
 Runs = dict[str, list[Json]]

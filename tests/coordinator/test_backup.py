@@ -162,7 +162,10 @@ async def test_a_session_that_nothing_can_end_any_more_is_abandoned_with_its_stu
         assert f"`concilium study stop {study} --abandon`" in error
         await federation.restart()
         assert federation.study(study).state == "running"
-        admin.stop_study(federation.home, study, abandon=True)
+        command = ["study", "stop", study, "--abandon", "--home", str(federation.home)]
+        done = await asyncio.to_thread(CliRunner().invoke, main, command)
+        assert done.exit_code == 0
+        assert f"stopping {study}\n" in done.output, "among what the service in this process logs"
         await federation.until(lambda: all(study in silo.ended for silo in silos))
         assert federation.study(study).state == "stopped"
         assert federation.result(study, "census") is None

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from concilium.cli import main
 from concilium.status import silo_page
 from protos.v1 import coordination_pb2 as pb
 from secagg.context import SessionContext
@@ -257,7 +259,8 @@ async def test_a_study_that_ends_with_a_session_in_doubt_says_which_and_can_be_s
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(silo_page(values, time.time()))
     assert "nothing proved how session 7 ended" in console.export_text()
-    assert admin.settle_doubt(tmp_path, "trial") == ["session 7 (census 1)"]
+    command = ["silo", "settle", "trial", "--yes", "--home", str(tmp_path)]
+    assert CliRunner().invoke(main, command).output == "closed session 7 (census 1)\n"
     assert admin.settle_doubt(tmp_path, "trial") == []
 
 
