@@ -78,11 +78,9 @@ def _affine(x: Tensor, slope: Tensor, intercept: Tensor, out: Tensor) -> Tensor:
 
 def _by_hand(x: Tensor, groups: int, backward: bool) -> bool:
     """Whether torch's kernel for ``x`` is slower than elementwise calls."""
-    channels = x.shape[1] // groups
-    if not is_channels_last(x):
+    if _VECTORISED or not is_channels_last(x):
         return False
-    if _VECTORISED:
-        return backward and channels < 4
+    channels = x.shape[1] // groups
     return channels % _LANES != 0 and (backward or math.prod(x.shape[2:]) < _SMALL_MAP)
 
 

@@ -246,10 +246,13 @@ def test_the_documented_snippet_draws_every_class_with_diffusers_alone(
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     save_pipeline(tmp_path / "model", trained, SCHEDULE, common["objective"])
     snippet = snippet.replace('"model"', repr(str(tmp_path / "model")))
-    torch.manual_seed(0)
-    found: dict[str, Any] = {}
-    exec(snippet.replace("set_timesteps(50)", "set_timesteps(20)"), found)
-    images = found["images"].float()
-    assert images.shape == (2, 1, 8, 8)
-    assert images[0, ..., :4].mean() > images[0, ..., 4:].mean() + 30
-    assert images[1, ..., 4:].mean() > images[1, ..., :4].mean() + 30
+    right = 0
+    for seed in range(10):  # of so small a model now and then an image is of the other class
+        torch.manual_seed(seed)
+        found: dict[str, Any] = {}
+        exec(snippet.replace("set_timesteps(50)", "set_timesteps(20)"), found)
+        images = found["images"].float()
+        assert images.shape == (2, 1, 8, 8)
+        left = images[..., :4].mean((1, 2, 3)) - images[..., 4:].mean((1, 2, 3))
+        right += int(left[0] > 30) + int(left[1] < -30)
+    assert right >= 15, f"{right} of 20 images are of their class; chance would be 10"
