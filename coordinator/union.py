@@ -23,7 +23,7 @@ from coordinator.summing import Asked, StudyFailed, Summing
 from secagg.masking import DTYPES
 from study.plan import Plan
 from study.quantity import ImagesWork, TagsWork
-from study.reservation import collect, renumber, split_labels, with_labels
+from study.reservation import as_records, collect, renumber, split_labels
 
 Json = dict[str, Any]
 Once = Callable[[str, Callable[[], Awaitable[Json]]], Awaitable[Json]]
@@ -63,7 +63,7 @@ async def collect_union(
         if images["session"]["kind"] == "summed":
             parts = await asyncio.to_thread(_split, tools, live, images)
             if "shared" in parts:
-                await _publish(tools, live, bytes.fromhex(parts["shared"]))
+                await _publish(tools, live, bytes.fromhex(parts["shared"]), "auxiliary")
             return parts
         if images["epoch"] == live.roster.epoch:  # indices mean nothing in another one
             vanished |= set(images["session"]["missing"])
@@ -85,17 +85,14 @@ async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Aske
             "no silo offered a synthetic image: the audit dropped all of them, or auxiliary.images "
             "is too small for the sites' shares; see the sites' logs"
         )
-    await tools.store.do(
-        results.record_artifact, live.id, sha256, "tags", total.nbytes, published=True
-    )
+    await _publish(tools, live, sha256, "tags")
     return {"occupied": occupied, "epoch": live.roster.epoch, "session": asdict(end)}
 
 
-async def _publish(tools: Tools, live: LiveStudy, sha256: bytes) -> None:
+async def _publish(tools: Tools, live: LiveStudy, sha256: bytes, role: str) -> None:
+    """Let the silos of the study have an artifact."""
     size = tools.artifacts.path(sha256).stat().st_size
-    await tools.store.do(
-        results.record_artifact, live.id, sha256, "auxiliary", size, published=True
-    )
+    await tools.store.do(results.record_artifact, live.id, sha256, role, size, published=True)
 
 
 async def _sum_images(summing: Summing, live: LiveStudy, attempt: int, tags: Json) -> Json:
@@ -136,7 +133,7 @@ def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:
         tools.artifacts.read(bytes.fromhex(images["session"]["sum"])), dtype=np.uint8
     )
     union, labels = _images_and_labels(live.plan, total)
-    held = max(1, round(len(union) * correction.held_out))
+    held = correction.held_back(len(union))
     if len(union) <= held:
         raise StudyFailed(
             f"the union holds {len(union)} images, too few to hold {held} out: raise "
@@ -146,9 +143,8 @@ def _split(tools: Tools, live: LiveStudy, images: Json) -> Json:
     named: dict[str, NDArray[Any]] = {name: union[part] for name, part in parts.items()}
     shared = {}
     if live.plan.strategy.local_rules().auxiliary_share:
-        own = None if labels is None else labels[held:]
-        records = union[held:] if own is None else with_labels(union[held:], own)
-        shared["shared"] = tools.artifacts.put(np.ascontiguousarray(records).data.cast("B")).hex()
+        records = as_records(union[held:], None if labels is None else labels[held:])
+        shared["shared"] = tools.artifacts.put(records.data.cast("B")).hex()
     histogram = {}
     if labels is not None:
         named |= {f"{name}_labels": labels[part] for name, part in parts.items()}

@@ -101,11 +101,10 @@ def _expected(
     if isinstance(work, ImagesWork):
         reservation = bytes.fromhex(work.tags)
         survivors = pinned.tags[round].survivors
-    if isinstance(work, RoundWork) and work.auxiliary is None:
-        (model,) = _named(message, "the input model")
-    elif isinstance(work, RoundWork) and work.auxiliary is not None:
-        model, auxiliary = _named(message, "the input model", "the auxiliary images")
-        if auxiliary.hex() != work.auxiliary.sha256:
+    if isinstance(work, RoundWork):
+        names = ["the input model", *(["the auxiliary images"] if work.auxiliary else [])]
+        model, *auxiliary = _named(message, *names)
+        if work.auxiliary and auxiliary[0].hex() != work.auxiliary.sha256:
             raise ValueError(f"round {round}: the auxiliary images are not those of the work")
     if isinstance(work, EvaluationWork):
         model, samples = _named(message, "the model", "its samples")

@@ -123,6 +123,11 @@ def with_labels(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray
     return np.concatenate([front, images.reshape(len(images), math.prod(images.shape[1:]))], axis=1)
 
 
+def as_records(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+    """uint8 [k, …], contiguous: what a file of images holds, each after its label if it has one."""
+    return np.ascontiguousarray(images if labels is None else with_labels(images, labels))
+
+
 def split_labels(
     records: NDArray[np.uint8], shape: tuple[int, ...]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

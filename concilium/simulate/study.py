@@ -38,7 +38,7 @@ from diffusion.model import build_model, initialise, load_vector, parameter_layo
 from silo.jobs.round import rounding_key
 from study.encoding import next_clips
 from study.quantity import AuxiliaryImages, RoundWork, delta_encoding, encode_work
-from study.reservation import with_labels
+from study.reservation import as_records
 from study.strategies import RoundRecord
 
 Json = dict[str, Any]
@@ -160,7 +160,9 @@ class Study:
 
     def _rules(self, given: Vector) -> Json:
         rules = asdict(self._plan.strategy.local_rules())
-        if self._shared is None:  # as it was before there were shared images: what is kept counts
+        if self._shared is None:
+            # Rounds without shared images are what they were before there were any: those that a
+            # memo holds from then are not trained again.
             return {"rules": {k: v for k, v in rules.items() if k != "auxiliary_share"}}
         return {
             "rules": rules,
@@ -263,24 +265,19 @@ class Study:
     def _shared_part(self, auxiliary: Labelled) -> Shared | None:
         """What silos are sent: all but what the trigger watches."""
         part = self._plan.strategy.local_rules().auxiliary_share
-        if not part:
+        correction = self._plan.strategy.correction
+        if not part or correction is None:
             return None
-        return Shared(*_part(auxiliary, slice(self._held_out(auxiliary), None)), part)
+        held = correction.held_back(len(auxiliary[0]))
+        return Shared(*_part(auxiliary, slice(held, None)), part)
 
     def _named_shared(self) -> AuxiliaryImages | None:
         """As the work of a round names them: the rounding of the deltas is drawn by it."""
         if self._shared is None:
             return None
-        images, labels = self._shared.images, self._shared.labels
-        records = images if labels is None else with_labels(images, labels)
-        sha256 = hashlib.sha256(np.ascontiguousarray(records).data).hexdigest()
-        return AuxiliaryImages(sha256=sha256, images=len(images))
-
-    def _held_out(self, auxiliary: Labelled) -> int:
-        correction = self._plan.strategy.correction
-        if correction is None:
-            raise AssertionError("only strategies that correct are asked")
-        return max(1, round(len(auxiliary[0]) * correction.held_out))
+        records = as_records(self._shared.images, self._shared.labels)
+        sha256 = hashlib.sha256(records.data).hexdigest()
+        return AuxiliaryImages(sha256=sha256, images=len(records))
 
     # --- the correction
 
@@ -296,7 +293,7 @@ class Study:
         correction = self._plan.strategy.correction
         if correction is None:
             raise AssertionError("only strategies that correct are asked")
-        held = self._held_out(auxiliary)
+        held = correction.held_back(len(auxiliary[0]))
         watched, training = (_part(auxiliary, p) for p in (slice(held), slice(held, None)))
         before = self._held_out_loss(model, watched)
         now = RoundRecord(number, before, silo_loss=silo_loss)

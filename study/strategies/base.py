@@ -50,6 +50,10 @@ class Correction:
     judged: When = "last"
     """In which rounds the corrected model replaces the aggregate only where its FID is lower."""
 
+    def held_back(self, images: int) -> int:
+        """How many of so many auxiliary images no correction sees, at least one."""
+        return max(1, round(images * self.held_out))
+
     def steps_in(self, round: int, last: bool) -> int:
         """Steps after a round, which is the last one or is not."""
         if last:

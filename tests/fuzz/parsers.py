@@ -32,6 +32,7 @@ from silo.proposal import Pinned, check_open
 from silo.wire import event_of
 from study.invitation import Invitation, InvitationError
 from study.quantity import (
+    AuxiliaryImages,
     CensusWork,
     ImagesWork,
     MomentsWork,
@@ -168,6 +169,12 @@ def _works() -> list[bytes]:
         TagsWork(total_count=70, images=16, slots=4096),
         ImagesWork(tags=sha, occupied=12, record_size=65),
         RoundWork(total_count=70, sizes=(3, 4), clips=(0.5, 1e-7)),
+        RoundWork(
+            total_count=70,
+            sizes=(3, 4),
+            clips=(0.5, 1e-7),
+            auxiliary=AuxiliaryImages(sha256=sha, images=12),
+        ),
     )
     return [encode_work(work) for work in works]
 
