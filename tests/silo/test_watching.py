@@ -58,7 +58,9 @@ async def test_an_agent_s_metrics_say_who_has_to_act_and_nothing_of_the_images(
         shown = ("last_contact_seconds", "certificate_expires_seconds", "trouble", "study_trouble")
         work = ("study_waits_for_approval", "study_step")
         assert names == {f"concilium_silo_{name}" for name in (*shown, *work)}
-        assert "37" not in re.sub(r"\d\.\d+e\+09", "", said), "the count of images"
+        # times and the study's identifier are digits too
+        said = re.sub(r"\d\.\d+e\+09", "", said).replace(study, "")
+        assert "37" not in said, "the count of images"
         await centre.stop()
         await until(lambda: "concilium_silo_trouble 1.0" in scrape(port))
     finally:
