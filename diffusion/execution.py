@@ -74,11 +74,10 @@ class Execution:
 def choose_execution(device: str | None = None, threads: int | None = None) -> Execution:
     """The fastest exact-enough way to run on `device` ("cpu", "cuda", "cuda:1"; None = GPU if any).
 
-    bfloat16 where there are matrix units for it (GPUs that support it, CPUs with AMX): 2.1 times
-    faster with AMX, but 1.4–2.1 times *slower* on a CPU without, which therefore stays in float32.
-    channels_last where there are matrix units, which want it; a CPU without them was faster in
-    NCHW (1.28 against 1.56 s a step with nothing else running). GroupNorm and SiLU as one op except
-    in float32 on a CPU, where torch's own pair is faster.
+    bfloat16 where there are instructions for its products (GPUs that support it, CPUs with AMX or
+    AVX512_BF16), channels_last there and GroupNorm and SiLU as one op. A CPU without them would
+    have to convert, which costs three times what float32 takes, and stays in float32, in NCHW and
+    with torch's own norm, which is faster there. Measured: docs/kernels.md, On a CPU.
 
     `threads` sets torch's intra-operation threads for the process, None leaves them as they are. On
     a CPU the process keeps the memory it has freed (`keep_freed_memory`).
@@ -92,7 +91,7 @@ def choose_execution(device: str | None = None, threads: int | None = None) -> E
     chosen = torch.device(name)
     if chosen.type == "cpu":
         keep_freed_memory()
-        fast = _cpu_has_amx()
+        fast = _cpu_multiplies_bfloat16()
     elif torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -135,8 +134,9 @@ def keep_freed_memory() -> None:
         libc.free(block)
 
 
-def _cpu_has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
+def _cpu_multiplies_bfloat16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("amx_tile", "avx512_bf16"))
 
 
 class _ResnetBlock(ResnetBlock2D):
