@@ -256,6 +256,23 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             choose_execution("cuda:7")
 
 
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ("avx512_f", torch.float32),
+        ("avx512_bf16", torch.bfloat16),
+        ("amx_tile", torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(
+    has: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, has: True})
+    execution = choose_execution("cpu")
+    assert execution.dtype == dtype
+    assert execution.fused_norms == (dtype == torch.bfloat16)
+
+
 def test_bfloat16_training_stays_close_to_float32(
     tiny: ModelSpec, images: np.ndarray, arguments: dict[str, Any]
 ) -> None:
