@@ -143,38 +143,43 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def ratios(runs: Runs) -> Json:
-    """The aims, each as a ratio of means over the seeds that all runs have; absent where a run is
-    missing."""
+    """The aims, each as a ratio of means over the seeds that both of its runs have; absent where a
+    run is missing. The best baseline is the best of those that have as many seeds as any."""
     found: Json = {}
     if PLUS not in runs:
         return found
-    shared = set.intersection(*({run["seed"] for run in some} for some in runs.values()))
-    runs = {name: [r for r in some if r["seed"] in shared] for name, some in runs.items()}
-    if not shared:
-        return found
-    there = [name for name in BASELINES if name in runs]
-    plus = finals(runs[PLUS], "fid")
-    if there:
-        best = min(there, key=lambda name: mean(finals(runs[name], "fid")))
-        others = finals(runs[best], "fid")
+
+    def paired(name: str, other: str) -> tuple[list[Json], list[Json]] | None:
+        one, two = runs.get(name, []), runs.get(other, [])
+        shared = {run["seed"] for run in one} & {run["seed"] for run in two}
+        picked = ([run for run in some if run["seed"] in shared] for some in (one, two))
+        return (next(picked), next(picked)) if shared else None
+
+    def of_fids(name: str, other: str) -> float | None:
+        pair = paired(name, other)
+        return mean(finals(pair[0], "fid")) / mean(finals(pair[1], "fid")) if pair else None
+
+    most = max((len(runs[name]) for name in BASELINES if name in runs), default=0)
+    there = [name for name in BASELINES if name in runs and len(runs[name]) == most]
+    best = min(there, key=lambda name: mean(finals(runs[name], "fid")), default="")
+    if pair := paired(PLUS, best):
         found["best_baseline"] = best
-        found["fid_vs_best_baseline"] = mean(plus) / mean(others)
-        found["difference_over_spread"] = _separation(others, plus)
-    if PAPER in runs:
-        steps = [mean(finals(runs[name], "correction_steps")) for name in (PLUS, PAPER)]
-        found["plus_fid_vs_fedddpm"] = mean(plus) / mean(finals(runs[PAPER], "fid"))
+        found["fid_vs_best_baseline"] = of_fids(PLUS, best)
+        found["difference_over_spread"] = _separation(
+            finals(pair[1], "fid"), finals(pair[0], "fid")
+        )
+    if pair := paired(PLUS, PAPER):
+        steps = [mean(finals(some, "correction_steps")) for some in pair]
+        found["plus_fid_vs_fedddpm"] = of_fids(PLUS, PAPER)
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
-    if "fedavg" in runs:
-        found["rounds_to_fedavg_fid"] = _rounds_to(runs[PLUS], mean(finals(runs["fedavg"], "fid")))
+    if pair := paired(PLUS, "fedavg"):
+        found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(finals(pair[1], "fid")))
     for name in ("fedavg", PLUS):
-        if f"{name}-secure" in runs:
-            found[f"secure_vs_float_{name}"] = mean(finals(runs[f"{name}-secure"], "fid")) / mean(
-                finals(runs[name], "fid")
-            )
+        found[f"secure_vs_float_{name}"] = of_fids(f"{name}-secure", name)
     for control in ("fedavg-end", "auxiliary", "auxiliary-3x", "fedavg-double", "central"):
-        if control in runs:
-            found[f"fid_vs_{control}"] = mean(plus) / mean(finals(runs[control], "fid"))
-    return found
+        found[f"fid_vs_{control}"] = of_fids(PLUS, control)
+    shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
+    return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
 
 
 def _separation(others: list[float], plus: list[float]) -> float | None:
@@ -275,7 +280,7 @@ def draw(runs: Runs, path: Path) -> None:
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
