@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concilium.simulate.alone import train_alone
+from concilium.simulate.corrections import Corrections, Labelled, digest_labelled
 from concilium.simulate.measure import Measured, Ruler
 from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.silos import (
@@ -31,10 +32,7 @@ from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
 from coordinator.aggregation import unbiased
 from diffusion.batches import Shared
-from diffusion.calibration import calibrate
-from diffusion.labels import Labels
-from diffusion.loss import fixed_loss
-from diffusion.model import build_model, initialise, load_vector, parameter_layout, to_vector
+from diffusion.model import build_model, initialise, parameter_layout, to_vector
 from silo.jobs.round import rounding_key
 from study.encoding import next_clips
 from study.quantity import AuxiliaryImages, RoundWork, delta_encoding, encode_work
@@ -44,8 +42,6 @@ from study.strategies import RoundRecord
 Json = dict[str, Any]
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
-Labelled = tuple[Images, Labels | None]
-"""Images, with their labels where the model is conditional."""
 
 
 class Study:
@@ -79,7 +75,6 @@ class Study:
         if self._plan.strategy.correction or self._point.training == "auxiliary":
             union = self._auxiliary()
             auxiliary = union["images"], union.get("labels")
-            self._shared = self._shared_part(auxiliary)
             yield {
                 "event": "auxiliary",
                 "images": len(union["images"]),
@@ -87,7 +82,9 @@ class Study:
                 **self._measured(union["images"]),
             }
         if self._point.training == "federated":
-            yield from self._rounds(auxiliary)
+            corrections = self._corrections(auxiliary)
+            self._shared = corrections.shared() if corrections else None
+            yield from self._rounds(corrections)
         else:
             yield from self._alone(auxiliary)
 
@@ -96,7 +93,21 @@ class Study:
 
     # --- federated rounds
 
-    def _rounds(self, auxiliary: Labelled | None) -> Iterator[Json]:
+    def _corrections(self, auxiliary: Labelled | None) -> Corrections | None:
+        rule = self._plan.strategy.correction
+        if rule is None or auxiliary is None:
+            return None
+        return Corrections(
+            self._plan,
+            rule,
+            auxiliary,
+            memo=self._memo,
+            ruler=self._ruler,
+            execution=self._execution,
+            common=self._common,
+        )
+
+    def _rounds(self, corrections: Corrections | None) -> Iterator[Json]:
         plan = self._plan
         network = build_model(plan.model)
         initialise(network, plan.study.seed)
@@ -127,8 +138,8 @@ class Study:
             loss = float(summed["loss"])
             counters = {name: int(summed[name]) for name in ("saturated", "faults")}
             yield {"event": "round", "round": number, "loss": loss, "moved": moved, **counters}
-            if auxiliary is not None:
-                model, record, lines = self._decide(number, model, auxiliary, history, loss)
+            if corrections is not None:
+                model, record, lines = corrections.decide(number, model, history, loss)
                 history.append(record)
                 yield from lines
                 for line in lines:
@@ -166,7 +177,7 @@ class Study:
             return {"rules": {k: v for k, v in rules.items() if k != "auxiliary_share"}}
         return {
             "rules": rules,
-            "shared": _digest(given, (self._shared.images, self._shared.labels)),
+            "shared": digest_labelled(given, (self._shared.images, self._shared.labels)),
         }
 
     def _sum_round(
@@ -262,15 +273,6 @@ class Study:
             "residual": carried,
         }
 
-    def _shared_part(self, auxiliary: Labelled) -> Shared | None:
-        """What silos are sent: all but what the trigger watches."""
-        part = self._plan.strategy.local_rules().auxiliary_share
-        correction = self._plan.strategy.correction
-        if not part or correction is None:
-            return None
-        held = correction.held_back(len(auxiliary[0]))
-        return Shared(*_part(auxiliary, slice(held, None)), part)
-
     def _named_shared(self) -> AuxiliaryImages | None:
         """As the work of a round names them: the rounding of the deltas is drawn by it."""
         if self._shared is None:
@@ -278,112 +280,6 @@ class Study:
         records = as_records(self._shared.images, self._shared.labels)
         sha256 = hashlib.sha256(records.data).hexdigest()
         return AuxiliaryImages(sha256=sha256, images=len(records))
-
-    # --- the correction
-
-    def _decide(
-        self,
-        number: int,
-        model: Vector,
-        auxiliary: Labelled,
-        history: list[RoundRecord],
-        silo_loss: float,
-    ) -> tuple[Vector, RoundRecord, list[Json]]:
-        """The model after the decision of this round, its record, and the lines about it."""
-        correction = self._plan.strategy.correction
-        if correction is None:
-            raise AssertionError("only strategies that correct are asked")
-        held = correction.held_back(len(auxiliary[0]))
-        watched, training = (_part(auxiliary, p) for p in (slice(held), slice(held, None)))
-        before = self._held_out_loss(model, watched)
-        now = RoundRecord(number, before, silo_loss=silo_loss)
-        last = number == self._plan.rounds.count
-        decision = self._plan.strategy.decide([*history, now], last)
-        lines: list[Json] = [
-            {"event": "decision", "round": number, "loss": before, **asdict(decision)}
-        ]
-        if not decision.correct:
-            return model, now, lines
-        corrected = self._correct(number, model, training)
-        after = self._held_out_loss(corrected["model"], watched)
-        kept: Json = {"kept": True}
-        if self._plan.evaluation is not None and correction.judges(last):
-            kept = self._judge(model, corrected["model"])
-        lines.append(
-            {
-                "event": "correction",
-                "round": number,
-                "steps": correction.steps_in(number, last),
-                "training_loss": float(corrected["loss"]),
-                "loss_after": after,
-                **kept,
-            }
-        )
-        record = RoundRecord(number, before, after, True, silo_loss)
-        return corrected["model"] if kept["kept"] else model, record, lines
-
-    def _judge(self, aggregate: Vector, corrected: Vector) -> Json:
-        before, after = (self._ruler.judged_fid(model) for model in (aggregate, corrected))
-        return {"fid_before": before, "fid_after": after, "kept": after < before}
-
-    def _held_out_loss(self, model: Vector, watched: Labelled) -> float:
-        inputs = {
-            **self._common,
-            "what": "held-out loss",
-            "given": _digest(model, watched),
-            "seed": self._plan.study.seed,
-        }
-        return float(self._memo.get(inputs, lambda: {"loss": self._loss(model, watched)})["loss"])
-
-    def _loss(self, model: Vector, watched: Labelled) -> NDArray[Any]:
-        network, (images, labels) = build_model(self._plan.model), watched
-        load_vector(network, model)
-        loss = fixed_loss(
-            network,
-            images,
-            schedule=self._plan.schedule,
-            objective=self._plan.objective,
-            seed=self._plan.study.seed,
-            execution=self._execution,
-            labels=labels,
-        )
-        return np.array(loss)
-
-    def _correct(self, number: int, model: Vector, training: Labelled) -> Arrays:
-        plan, correction = self._plan, self._plan.strategy.correction
-        if correction is None:
-            raise AssertionError("only strategies that correct are asked")
-        last = number == plan.rounds.count
-        steps, average = correction.steps_in(number, last), correction.averages(last)
-        rate = plan.correction_rate(number)
-        inputs = {
-            **self._common,
-            "what": "correction",
-            "given": _digest(model, training),
-            "optimizer": plan.optimizer.model_dump(mode="json"),
-            "correction": [steps, rate, average],
-            "seed": plan.study.seed + number,
-        }
-
-        def compute() -> Arrays:
-            network = build_model(plan.model)
-            load_vector(network, model)
-            result = calibrate(
-                network,
-                training[0],
-                labels=training[1],
-                steps=steps,
-                learning_rate=rate,
-                schedule=plan.schedule,
-                objective=plan.objective,
-                optimizer=plan.optimizer,
-                seed=plan.study.seed + number,
-                execution=self._execution,
-            )
-            corrected = result.ema if average else to_vector(network)
-            return {"model": corrected, "loss": np.array(result.loss_sum / result.steps)}
-
-        return self._memo.get(inputs, compute)
 
     # --- the auxiliary set, and the ends of the scale
 
@@ -422,13 +318,3 @@ class Study:
 
     def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
         return {"event": "evaluation", "round": number, **measured.line(), **also}
-
-
-def _part(of: Labelled, part: slice) -> Labelled:
-    images, labels = of
-    return images[part], None if labels is None else labels[part]
-
-
-def _digest(model: Vector, of: Labelled) -> str:
-    images, labels = of
-    return digest_array(model, images) if labels is None else digest_array(model, images, labels)
