@@ -35,8 +35,8 @@ DOCS = HERE.parent / "docs"
 BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
 PLUS, PAPER = "fedddpm-plus", "fedddpm"
 UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
-SHARED = "fedddpm-plus-shared"
-DRAWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, SHARED, "central", "auxiliary")
+SLOW = "fedddpm-plus-slow"  # corrected when learning is slow, and at the end; nothing is shared
+DRAWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, SLOW, "central", "auxiliary")
 
 Json = dict[str, Any]
 Runs = dict[str, list[Json]]
@@ -174,7 +174,7 @@ def ratios(runs: Runs) -> Json:
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
     if pair := paired(PLUS, "fedavg"):
         found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(finals(pair[1], "fid")))
-    for name in ("fedavg", PLUS):
+    for name in ("fedavg", SLOW):
         found[f"secure_vs_float_{name}"] = of_fids(f"{name}-secure", name)
     for control in ("fedavg-end", "auxiliary", "auxiliary-3x", "fedavg-double", "central"):
         found[f"fid_vs_{control}"] = of_fids(PLUS, control)
@@ -247,7 +247,7 @@ _TAUS = (0.02, 0.05, 0.1, 0.2)
 def _first_correction(
     run: Json, signal: Literal["auxiliary", "silos"], window: int, tau: float
 ) -> str:
-    rule = FedDDPMPlus(window=window, tau=tau, signal=signal, correct_last=False)
+    rule = FedDDPMPlus(window=window, tau=tau, signal=signal, first_correction_steps=0)
     silo = {e["round"]: e["loss"] for e in run["events"] if e["event"] == "round"}
     history: list[RoundRecord] = []
     for event in run["events"]:

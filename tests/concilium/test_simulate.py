@@ -77,7 +77,10 @@ RUN = """
 name = "{name}"
 {more}
 """
-PLUS = 'plan.strategy = {kind = "fedddpm_plus", window = 1, correction_steps = 3}'
+PLUS = (
+    'plan.strategy = {kind = "fedddpm_plus", window = 1, tau = 0.1, correction_steps = 3, '
+    "auxiliary_share = 0.0, first_correction_steps = 0, correct_last = true}"
+)
 ALL = {
     "fedavg": "",
     "fedprox": 'plan.strategy = {kind = "fedprox", mu = 0.1}',
@@ -162,7 +165,7 @@ def test_the_benchmark_s_table_and_ratios_are_those_of_the_runs(
 
 
 def test_a_correction_that_does_harm_is_taken_back(tmp_path: Path) -> None:
-    harmful = PLUS.replace("}", ", correction_learning_rate = 1.0, correct_last = true}")
+    harmful = PLUS.replace("}", ", correction_learning_rate = 1.0}")
     runs = {"plus": harmful, "fedavg": ""}
     lines = simulate(study(tmp_path, runs), tmp_path / "out")
     last = [line for line in lines["plus-3"] if line["event"] == "correction"][-1]
@@ -246,7 +249,7 @@ def test_a_conditional_study_corrects_with_labels_and_tells_a_classifier_s_accur
 
 
 def test_control_variates_and_a_correction_go_together(tmp_path: Path) -> None:
-    with_control = PLUS.replace("window = 1", "tau = -1.0, control_variates = true")
+    with_control = PLUS.replace("window = 1, tau = 0.1", "tau = -1.0, control_variates = true")
     runs = {"both": with_control, "scaffold": ALL["scaffold"]}
     lines = simulate(study(tmp_path, runs), tmp_path / "out")
     rounds = {

@@ -35,6 +35,9 @@ max_attempts = 3
 
 [strategy]
 kind = "fedddpm_plus"
+auxiliary_share = 0.0
+first_correction_steps = 0
+correct_last = true
 window = 1
 tau = 0.9
 correction_steps = 2

@@ -80,9 +80,7 @@ images = 40
 
 [strategy]
 kind = "fedddpm_plus"
-tau = -1.0
-correction_steps = 2
-auxiliary_share = 0.5
+first_correction_steps = 2
 """
 LIMIT_SECONDS = 180.0
 

@@ -90,11 +90,11 @@ def test_only_the_fedddpm_family_corrects():
     assert FedDDPM().decide(history(1.0)).correct
 
 
-PLUS = FedDDPMPlus(window=2, tau=0.05)
+LATE = FedDDPMPlus(window=2, tau=0.05, first_correction_steps=0, correct_last=True)
 
 
 def test_learning_is_slow_when_the_improvement_over_the_window_is_below_tau():
-    decision = PLUS.decide(history(1.0, 0.99, 0.96))
+    decision = LATE.decide(history(1.0, 0.99, 0.96))
     assert decision.correct
     assert decision.numbers["improvement"] == pytest.approx(0.04)
     assert decision.numbers["loss"] == 0.96
@@ -104,23 +104,23 @@ def test_learning_is_slow_when_the_improvement_over_the_window_is_below_tau():
 
 
 def test_learning_that_improves_by_tau_or_more_is_left_alone():
-    assert not PLUS.decide(history(1.0, 0.99, 0.95)).correct
-    assert not PLUS.decide(history(1.0, 0.97, 0.5)).correct
+    assert not LATE.decide(history(1.0, 0.99, 0.95)).correct
+    assert not LATE.decide(history(1.0, 0.97, 0.5)).correct
 
 
 def test_a_loss_that_rises_is_slow():
-    assert PLUS.decide(history(1.0, 1.0, 1.2)).correct
+    assert LATE.decide(history(1.0, 1.0, 1.2)).correct
 
 
 def test_only_the_last_window_counts():
-    assert PLUS.decide(history(9.0, 5.0, 1.0, 1.0, 1.0)).correct
+    assert LATE.decide(history(9.0, 5.0, 1.0, 1.0, 1.0)).correct
 
 
 def test_no_decision_before_the_window_is_full():
-    decision = PLUS.decide(history(1.0, 1.0))
+    decision = LATE.decide(history(1.0, 1.0))
     assert not decision.correct
     assert "needs 3 completed rounds, has 2" in decision.reason
-    assert not PLUS.decide([]).correct
+    assert not LATE.decide([]).correct
 
 
 def test_after_a_correction_it_waits_for_the_window_and_measures_only_what_came_after():
@@ -128,22 +128,22 @@ def test_after_a_correction_it_waits_for_the_window_and_measures_only_what_came_
     fired = []
     for r in range(1, 9):
         records = history(*losses[:r], corrected=tuple(fired))
-        if PLUS.decide(records).correct:
+        if LATE.decide(records).correct:
             fired.append(r)
     assert fired == [3, 6]
-    waiting = PLUS.decide(history(1.0, 1.0, 1.0, 1.0, corrected=(3,)))
+    waiting = LATE.decide(history(1.0, 1.0, 1.0, 1.0, corrected=(3,)))
     assert "waits 2 rounds after a correction" in waiting.reason
 
 
 def test_a_window_never_spans_a_correction():
     records = history(5.0, 5.0, 5.0, 1.0, 1.0, 1.0, corrected=(3,))
-    decision = PLUS.decide(records)
+    decision = LATE.decide(records)
     assert decision.numbers["round_then"] == 4
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
 def test_a_loss_that_is_no_number_never_triggers(loss):
-    decision = PLUS.decide(history(1.0, 1.0, loss))
+    decision = LATE.decide(history(1.0, 1.0, loss))
     assert not decision.correct
 
 
@@ -174,14 +174,14 @@ def test_option_ii_is_the_mean_gradient_where_steps_are_those_of_sgd():
 
 def test_the_last_round_is_corrected_in_any_case_unless_the_plan_says_otherwise():
     fast = history(1.0, 0.5, 0.2)
-    assert PLUS.decide(fast, last=True).correct
-    assert not PLUS.decide(fast, last=False).correct
-    assert not FedDDPMPlus(window=2, tau=0.05, correct_last=False).decide(fast, last=True).correct
+    assert LATE.decide(fast, last=True).correct
+    assert not LATE.decide(fast, last=False).correct
+    assert not LATE.model_copy(update={"correct_last": False}).decide(fast, last=True).correct
 
 
 def test_the_silos_loss_is_watched_where_the_plan_says_so():
     records = [RoundRecord(r, 1.0, silo_loss=loss) for r, loss in enumerate((1.0, 0.9, 0.5), 1)]
-    assert PLUS.decide(records).correct, "the auxiliary loss stands still"
+    assert LATE.decide(records).correct, "the auxiliary loss stands still"
     decision = FedDDPMPlus(window=2, tau=0.05, signal="silos").decide(records)
     assert not decision.correct
     assert decision.numbers["improvement"] == pytest.approx(0.5)
@@ -198,7 +198,7 @@ def test_a_correction_is_averaged_in_the_rounds_that_the_plan_says(average, midd
 
 
 def test_with_control_variates_the_rounds_are_scaffold_s_and_the_corrections_stay():
-    plain, controlled = Scaffold(), FedDDPMPlus(control_variates=True)
+    plain, controlled = Scaffold(), FedDDPMPlus(control_variates=True, auxiliary_share=0.0)
     assert controlled.local_rules() == plain.local_rules() != FedDDPMPlus().local_rules()
     assert (controlled.parts, FedDDPMPlus().parts) == (2, 1)
     model, mean = np.float32([1.0, 2.0]), np.float32([0.5, -0.5, 3.0, 4.0])
@@ -211,7 +211,7 @@ def test_with_control_variates_the_rounds_are_scaffold_s_and_the_corrections_sta
 
 
 def test_a_cool_down_may_be_longer_than_the_window_but_not_shorter():
-    patient = FedDDPMPlus(window=1, tau=0.05, cool_down=3)
+    patient = FedDDPMPlus(window=1, tau=0.05, cool_down=3, first_correction_steps=0)
     fired = []
     for r in range(1, 9):
         if patient.decide(history(*[1.0] * r, corrected=tuple(fired))).correct:
@@ -228,12 +228,12 @@ def test_the_last_correction_may_be_longer():
 
 
 def test_the_first_round_is_corrected_in_any_case_where_steps_are_given_for_it():
-    early = FedDDPMPlus(window=2, tau=0.05, correction_steps=10, first_correction_steps=40)
+    early = LATE.model_copy(update={"correction_steps": 10, "first_correction_steps": 40})
     assert early.decide(history(1.0)).correct
     assert early.correction.steps_in(1, last=False) == 40
     assert early.correction.steps_in(2, last=False) == 10
     assert early.correction.steps_in(1, last=True) == 10, "a study of one round"
-    assert not PLUS.decide(history(1.0)).correct
+    assert not LATE.decide(history(1.0)).correct
     slow = early.decide(history(1.0, 1.0, corrected=(1,)))
     assert not slow.correct, "then it waits as after any other"
 
@@ -245,6 +245,17 @@ def test_the_first_round_is_corrected_in_any_case_where_steps_are_given_for_it()
 def test_a_correction_is_judged_in_the_rounds_that_the_plan_says(judged, middle, end):
     correction = FedDDPM(correction_judged=judged).correction
     assert (correction.judges(last=False), correction.judges(last=True)) == (middle, end)
+
+
+def test_by_default_ours_corrects_once_after_the_first_round_and_silos_train_on_the_set_too():
+    plus = FedDDPMPlus()
+    assert plus.decide(history(1.0)).correct
+    falls = history(1.0, 0.9, 0.8, 0.7, 0.699, 0.698, corrected=(1,))
+    assert not plus.decide(falls).correct
+    assert not plus.decide(falls, last=True).correct
+    assert plus.decide(history(1.0, 0.8, 0.7, 0.7, 0.81, corrected=(1,))).correct, "it rises"
+    assert plus.local_rules().auxiliary_share == 0.5
+    assert FedDDPM().local_rules().auxiliary_share == 0.0, "the paper's silos know no such set"
 
 
 def test_the_paper_keeps_every_correction_and_ours_judges_the_last():
