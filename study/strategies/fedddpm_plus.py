@@ -15,8 +15,9 @@ The aggregate of the first round is corrected in any case (`first_correction_ste
 The defaults are the recipe that measured best, and not the paper's (docs/fedddpm.md): one long
 correction after the first round; from then on silos draw half of each batch from the auxiliary set
 (`auxiliary_share`), which keeps them from drifting away from what it taught; and a correction later
-on only where the held-out loss stops falling (τ = 0). What is corrected late, without sharing, is
-undone by the silos' next local steps.
+on only where the held-out loss goes up (τ = −0.05): a loss that stands still is that of a model
+that is nearly done, and a correction harms it. What is corrected late, without sharing, is undone
+by the silos' next local steps.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
 the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
@@ -63,8 +64,9 @@ class FedDDPMPlus(Corrected):
     cool_down: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """C: rounds to wait after a correction, at least W; absent = W."""
 
-    tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = 0.0
-    """τ: the relative improvement over W rounds below which learning is slow."""
+    tau: Annotated[float, Field(ge=-1.0, lt=1.0)] = -0.05
+    """τ: the relative improvement over W rounds below which learning is slow; below 0 the loss has
+    to rise."""
 
     signal: Literal["auxiliary", "silos"] = "auxiliary"
     """The loss that is watched: of held-out auxiliary images, or of the silos' training."""

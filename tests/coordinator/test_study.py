@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,12 @@ max_attempts = 3
 
 [strategy]
 kind = "fedddpm_plus"
+correction_steps = 2
 auxiliary_share = 0.0
 first_correction_steps = 0
 correct_last = true
 window = 1
 tau = 0.9
-correction_steps = 2
 
 [evaluation]
 feature_network = "digits"
@@ -110,7 +111,7 @@ async def test_a_conditional_study_corrects_on_labelled_images_and_publishes_its
             silo.start()
         more = FEDDDPM_PLUS.replace("fedddpm_plus", "fedddpm") + "at_silos = true\n"
         plan = federation.plan(rounds=1, more=more)
-        text = plan.read_text().replace("window = 1\ntau = 0.9\n", "")
+        text = re.sub(r"(?<=correction_steps = 2\n)(\w+ = .+\n)+", "", plan.read_text())
         text = text.replace("[model]", "[model]\nclasses = 3")
         plan.write_text(text.replace("steps = 2", "steps = 2\nguidance = 1.5", 1))
         study = admin.start_study(federation.home, plan)

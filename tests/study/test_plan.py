@@ -84,7 +84,7 @@ def test_the_digest_does_not_see_formatting():
     [
         ("seed = 2503", "seed = 2504"),
         ("ring = 16", "ring = 32"),
-        ("tau = 0.05", "tau = 0.06"),
+        ("tau = -0.05", "tau = 0.06"),
         ("# threshold = 3", "threshold = 3"),
         ("digits, 8×8", "digits, 8x8"),
     ],
@@ -110,8 +110,8 @@ def test_any_title_survives_the_canonical_text(title):
         ("count = 7", "", r"rounds\.count is missing: write `count = …` in \[rounds\]"),
         ("[rounds]", "[round]", r"\[round\] is unknown: did you mean rounds\?"),
         ("[rounds]", "[round]", r"rounds is missing: add a section \[rounds\] with count, local"),
-        ("window = 2", 'window = "2"', r'strategy\.window = "2": use a whole number, without quo'),
-        ("window = 2", "windw = 2", r"strategy\.windw = 2 is unknown: did you mean window\?"),
+        ("window = 3", 'window = "2"', r'strategy\.window = "2": use a whole number, without quo'),
+        ("window = 3", "windw = 2", r"strategy\.windw = 2 is unknown: did you mean window\?"),
         ('"fedddpm_plus"', '"fedavgg"', r'strategy\.kind = "fedavgg" is unknown: use one of "fed'),
         ('kind = "fedddpm_plus"', "", r"strategy\.kind is missing: write `kind = …` in \[strat"),
         ("ring = 16", "ring = 12", r"secure_sum\.ring = 12: use 8, 16 or 32"),
@@ -126,7 +126,7 @@ def test_any_title_survives_the_canonical_text(title):
         ),
         ("[model]", "[model]\nclasses = 0", r"model\.classes = 0: use at least 1"),
         ("[model]", "[model]\nimage_size = 16", r"model\.image_size = 16 differs from data\.image"),
-        ("tau = 0.05", "tau = nan", r"strategy\.tau = NaN: use a finite number"),
+        ("tau = -0.05", "tau = nan", r"strategy\.tau = NaN: use a finite number"),
         ('name = "digits"', 'name = "My digits"', r'study\.name = "My digits": use text that mat'),
     ],
 )
