@@ -253,7 +253,7 @@ def test_by_default_ours_corrects_once_after_the_first_round_and_silos_train_on_
     falls = history(1.0, 0.9, 0.8, 0.7, 0.7, 0.71, 0.71, corrected=(1,))
     assert not plus.decide(falls).correct
     assert not plus.decide(falls, last=True).correct
-    assert plus.decide(history(1.0, 0.8, 0.7, 0.7, 0.81, corrected=(1,))).correct, "it rises"
+    assert plus.decide(history(1.0, 0.8, 0.7, 0.7, 0.85, corrected=(1,))).correct, "it rises"
     assert plus.local_rules().auxiliary_share == 0.5
     assert FedDDPM().local_rules().auxiliary_share == 0.0, "the paper's silos know no such set"
 
