@@ -61,6 +61,7 @@ largest_rounds = 1000
 largest_steps = 10_000_000            # training steps of the whole study
 largest_model = 200_000_000           # parameters
 auxiliary_samples = true              # may audited synthetic images leave, in an anonymous union?
+auxiliary_among_sites = true          # may all sites be sent that union, to train on it too?
 largest_auxiliary = 100_000           # of all sites together
 smallest_audit_quantile = 0.01        # a less strict audit of them is declined
 purposes = ["census", "moments", "tags", "images", "round"]
@@ -336,10 +337,12 @@ def _described(study: StudyHome, terms: Terms, state: str) -> str:
     )
     before = pinned_terms(study)
     changes = _changes(before, terms) if before is not None and before != terms else ""
+    shared = "  Every site is sent the synthetic images of all, and trains on them too.\n"
+    shares = terms.plan.strategy.local_rules().auxiliary_share > 0.0
     return (
         f"{study.name}: {terms.plan.study.title} ({state})\n"
         f"  epoch {group.epoch}, {group.size} silos, threshold {group.threshold}, "
-        f"{group.colluders} colluders tolerated\n{members}\n{changes}"
+        f"{group.colluders} colluders tolerated\n{members}\n{shared if shares else ''}{changes}"
         f"  fingerprint  {group.fingerprint}\n"
         "  Compare the fingerprint with the other sites, by phone, before you approve."
         f"{warning if others else ''}"

@@ -133,6 +133,11 @@ def _described(plan: Plan, silos: int) -> str:
             f"  auxiliary   {plan.auxiliary.images} synthetic images leave the sites in an "
             f"anonymous union, after {plan.warm_up.steps} local steps"
         )
+        if share := plan.strategy.local_rules().auxiliary_share:
+            lines.append(
+                "              and all sites are sent the union, to draw "
+                f"{share:.0%} of each batch from it"
+            )
     if plan.evaluation:
         lines.append(
             f"  evaluation  FID of {plan.evaluation.samples} samples with "
