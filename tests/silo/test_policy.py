@@ -10,6 +10,7 @@ import pytest
 from diffusion.model import build_model
 from diffusion.spec import ModelSpec
 from secagg.roster import Member, Roster
+from silo.admin import roster
 from silo.config import Approval, Data, Policy, SiloConfig, Site
 from silo.files import write_file
 from silo.home import SiloHome, StudyHome
@@ -144,6 +145,16 @@ def test_automatic_approval_is_for_the_first_study_of_a_site_only(study: StudyHo
     assert decide(another, terms, config(automatic=True), IDENTITY) is None
     assert other_studies(another) == ["trial"]
     assert other_studies(study) == []
+
+
+def test_the_person_who_decides_reads_that_every_site_is_sent_the_images(study: StudyHome) -> None:
+    sent = "Every site is sent the synthetic images of all"
+    pin(study, Terms(PLAN, ROSTER))
+    home = study.path.parent.parent
+    assert sent not in roster(home)
+    everywhere = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+    pin(study, Terms(everywhere, replace(ROSTER, epoch=2)))
+    assert sent in roster(home)
 
 
 def test_a_roster_never_rolls_back(study: StudyHome) -> None:
