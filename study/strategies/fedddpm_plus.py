@@ -47,8 +47,8 @@ class FedDDPMPlus(Corrected):
 
     auxiliary_share: Annotated[float, Field(ge=0.0, le=0.9)] = 0.5
     """Part of every local batch that is of the auxiliary set, against the silos' drift (data that
-    all share: arXiv 1806.00582). Every site is sent the set, without the held-out images; 0 = none
-    is."""
+    all share: arXiv 1806.00582). Every site is sent the set, without the held-out images; with 0
+    none is. Without drift it does harm: 0 where all sites have the same kinds of images."""
 
     first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 300
     """K of the correction after the first round, before the silos drift apart; 0 = round 1 is like
