@@ -269,7 +269,8 @@ def test_synthetic_images_leave_with_labels_of_classes_that_are_not_rare_here(
     order = SampleLocal(CPU, text, images, weights, 5, 0, 60, tmp_path / "kept.npy")
     done = sample_local(order, progress)
     drawn, known = split_labels(np.load(order.kept), (1, 8, 8))
-    assert len(drawn) == done.kept > 30
+    # about half pass the audit of a model that is hardly trained: how many, rounding decides
+    assert len(drawn) == done.kept > 20
     assert set(known.tolist()) == {0, 1}, "two images of class 2: it is not sampled"
     assert 1.2 < (known == 0).sum() / (known == 1).sum() < 3.5
     later = replace(order, first=20, samples=40, kept=tmp_path / "later.npy")
