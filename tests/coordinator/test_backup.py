@@ -143,7 +143,11 @@ async def test_a_backup_that_silos_have_gone_beyond_gives_the_sum_up_and_begins_
         await federation.until(lambda: federation.result(study, "census"), 60)
         assert len(federation.exact(study, "census", "census 1")) == 4
         assert federation.result(study, "census")["session"]["number"] > 1000
-        assert not any(History.of(silo.studies[study].disk).in_doubt for silo in silos)
+
+        def certain() -> bool:
+            return not any(History.of(silo.studies[study].disk).in_doubt for silo in silos)
+
+        await federation.until(certain, 60)  # silos hear of the outcome after the result is there
 
 
 async def test_a_session_that_nothing_can_end_any_more_is_abandoned_with_its_study(
