@@ -152,8 +152,9 @@ def ratios(runs: Runs) -> Json:
     def paired(name: str, other: str) -> tuple[list[Json], list[Json]] | None:
         one, two = runs.get(name, []), runs.get(other, [])
         shared = {run["seed"] for run in one} & {run["seed"] for run in two}
-        picked = ([run for run in some if run["seed"] in shared] for some in (one, two))
-        return (next(picked), next(picked)) if shared else None
+        if not shared:
+            return None
+        return [r for r in one if r["seed"] in shared], [r for r in two if r["seed"] in shared]
 
     def of_fids(name: str, other: str) -> float | None:
         pair = paired(name, other)

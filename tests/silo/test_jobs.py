@@ -265,12 +265,12 @@ def test_synthetic_images_leave_with_labels_of_classes_that_are_not_rare_here(
 ) -> None:
     weights = tmp_path / "weights.npy"
     text = CONDITIONAL.toml()
-    train_local(TrainLocal(CPU, text, images, 5, weights, tmp_path / "checkpoint"), progress)
-    order = SampleLocal(CPU, text, images, weights, 5, 0, 60, tmp_path / "kept.npy")
+    seed = 9  # 42 pass the audit: a CPU's rounding moves that by one or two
+    train_local(TrainLocal(CPU, text, images, seed, weights, tmp_path / "checkpoint"), progress)
+    order = SampleLocal(CPU, text, images, weights, seed, 0, 60, tmp_path / "kept.npy")
     done = sample_local(order, progress)
     drawn, known = split_labels(np.load(order.kept), (1, 8, 8))
-    # about half pass the audit of a model that is hardly trained: how many, rounding decides
-    assert len(drawn) == done.kept > 20
+    assert len(drawn) == done.kept > 30
     assert set(known.tolist()) == {0, 1}, "two images of class 2: it is not sampled"
     assert 1.2 < (known == 0).sum() / (known == 1).sum() < 3.5
     later = replace(order, first=20, samples=40, kept=tmp_path / "later.npy")
