@@ -1,0 +1,109 @@
+"""Pictures of the runs of `benchmarks.fedddpm`, by matplotlib (dependency group `benchmark`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.fedddpm_tables import METRICS, PAPER, PLUS, SLOW, Runs, evaluations, finals
+
+SHOWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, SLOW, "central", "auxiliary")
+
+
+def draw_rounds(runs: Runs, path: Path) -> None:
+    """FID, KID and coverage by round: the mean over the seeds, and their range as a band."""
+    shown = [name for name in SHOWN if name in runs]
+    rounds = [event["round"] for event in evaluations(runs[PLUS][0])]
+    figure, axes = _figure(len(METRICS), (13.5, 4.2))
+    for plot, (key, title, scale, _) in zip(axes, METRICS, strict=True):
+        for name in shown:
+            curves = [evaluations(run) for run in runs[name]]
+            columns = list(zip(*curves, strict=True))
+            values = [[event[key] * scale for event in column] for column in columns]
+            (line,) = plot.plot(rounds, [mean(v) for v in values], marker="o", ms=3, label=name)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            plot.fill_between(rounds, low, high, alpha=0.12, color=line.get_color())
+        plot.set(xlabel="round", ylabel=title, xticks=rounds)
+        if key != "coverage":
+            _logarithmic(plot)
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_finals(runs: Runs, path: Path) -> None:
+    """The final FID of every run: a large dot for the mean over the seeds, a small one for each.
+    Where names end in a recipe (KIND-RECIPE), each recipe has its colour."""
+    figure, (plot,) = _figure(1, (7.0, 0.9 + 0.24 * len(runs)))
+    recipes = list(dict.fromkeys(_last(name) for name in runs))
+    told_apart = 2 * len(recipes) <= len(runs)
+    for row, (name, some) in enumerate(runs.items()):
+        color = f"C{recipes.index(_last(name))}" if told_apart else "C0"
+        fids = finals(some, "fid")
+        plot.plot(fids, [row] * len(fids), ".", color=color, ms=4)
+        plot.plot(mean(fids), row, "o", color=color, ms=7)
+        if told_apart and recipes.index(_last(name)) == 0:
+            plot.axhline(row - 0.5, color="black", lw=0.5)
+    plot.set(xlabel="FID", xlim=(0, None), ylim=(len(runs) - 0.5, -0.5))
+    plot.set_yticks(range(len(runs)), list(runs), fontsize=8)
+    _save(figure, path)
+
+
+def draw_sizes(runs: Runs, path: Path) -> None:
+    """The final FID by the size of the auxiliary set, of runs RECIPE-IMAGES: the mean over the
+    seeds, and their range as a band. A run that is named otherwise is a level line."""
+    figure, (plot,) = _figure(1, (7.0, 4.2))
+    sized = {name: some for name, some in runs.items() if _last(name).isdigit()}
+    recipes = list(dict.fromkeys(name.rpartition("-")[0] for name in sized))
+    for color, recipe in enumerate(recipes):
+        of_it = {n: some for n, some in sized.items() if n.rpartition("-")[0] == recipe}
+        found = sorted((int(_last(name)), finals(some, "fid")) for name, some in of_it.items())
+        images, fids = [size for size, _ in found], [values for _, values in found]
+        plot.plot(images, [mean(v) for v in fids], f"C{color}o-", ms=4, label=recipe)
+        low, high = [min(v) for v in fids], [max(v) for v in fids]
+        plot.fill_between(images, low, high, alpha=0.15, color=f"C{color}")
+    for name in (name for name in runs if name not in sized):
+        recipe = name.rpartition("-")[0]
+        color = recipes.index(recipe) if recipe in recipes else len(recipes)
+        plot.axhline(mean(finals(runs[name], "fid")), color=f"C{color}", ls=":", label=name)
+    sizes = sorted({int(_last(name)) for name in sized})
+    plot.set(xlabel="images wanted", ylabel="FID", xscale="log", ylim=(0, None))
+    plot.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+    plot.set_xticks([], minor=True)
+    plot.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("-")[2]
+
+
+def _figure(plots: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure, and its plots side by side in an array."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, plots, figsize=size, dpi=110, squeeze=False)
+    for plot in axes[0]:
+        plot.grid(alpha=0.3, which="both")
+    return figure, axes[0]
+
+
+def _logarithmic(plot: Any) -> None:
+    """Of factors, not differences: slow starters would squeeze the others into a line."""
+    from matplotlib import ticker
+
+    plot.set_yscale("log", nonpositive="clip")
+    plot.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    plot.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    plot.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

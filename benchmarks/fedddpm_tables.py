@@ -1,0 +1,222 @@
+"""Tables of the runs of `benchmarks.fedddpm`: final figures, by round, ratios, the trigger."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from study.strategies import FedDDPMPlus, RoundRecord
+
+BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
+PLUS, PAPER = "fedddpm-plus", "fedddpm"
+UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
+SLOW = "fedddpm-plus-slow"  # corrected when learning is slow, and at the end; nothing is shared
+
+Json = dict[str, Any]
+Runs = dict[str, list[Json]]
+"""By name, one of each seed, in the order of the study's file."""
+
+
+def evaluations(run: Json) -> list[Json]:
+    """The evaluations of a run, by round."""
+    return [event for event in run["events"] if event["event"] == "evaluation"]
+
+
+def finals(runs: list[Json], key: str) -> list[float]:
+    """The last value of each seed."""
+    return [event[key] for event in _finals(runs)]
+
+
+def _finals(runs: list[Json]) -> list[Json]:
+    return [evaluations(run)[-1] for run in runs]
+
+
+def table(runs: Runs) -> str:
+    """Final FID, KID and coverage of every run: mean ± standard deviation over the seeds; beside
+    them those of the auxiliary set itself, in a row where all runs have the same, else in a column
+    (its images and its FID)."""
+    head = "| run | seeds | local steps | correction steps | FID | KID · 10³ | coverage |"
+    sets = {name: _auxiliary_sets(some) for name, some in runs.items()}
+    differ = len({json.dumps(some[0], sort_keys=True) for some in sets.values() if some}) > 1
+    lines = [head + (" its auxiliary set |" if differ else "")]
+    lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
+    if not differ and (most := max(sets.values(), key=len)):
+        lines.append(f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most))} |")
+    for name, some in runs.items():
+        local = finals(some, "local_steps")[0]
+        corrected = mean(finals(some, "correction_steps"))
+        row = [str(len(some)), str(local), f"{corrected:.0f}", *_cells(_finals(some))]
+        if differ:
+            row.append(_described(sets[name]))
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _auxiliary_sets(runs: list[Json]) -> list[Json]:
+    """What was measured of the auxiliary set itself, by seed."""
+    return [event for run in runs for event in run["events"] if event["event"] == "auxiliary"]
+
+
+def _described(sets: list[Json]) -> str:
+    if not sets:
+        return ""
+    images = mean(event["images"] for event in sets)
+    return f"{images:.0f}: {_spread([event['fid'] for event in sets], 3)}"
+
+
+def _cells(measured: list[Json]) -> list[str]:
+    return [_spread([e[key] * scale for e in measured], n) for key, _, scale, n in METRICS]
+
+
+def rounds_table(runs: Runs) -> str:
+    """FID, KID and coverage by round: a table each, mean ± standard deviation over the seeds.
+
+    Runs differ in their number of rounds; what stands in one column has done the same share of it.
+    """
+    counts = {name: [e["round"] for e in evaluations(some[0])] for name, some in runs.items()}
+    parts = []
+    for count in sorted({len(rounds) for rounds in counts.values()}, reverse=True):
+        for key, title, scale, digits in METRICS:
+            shares = " | ".join(f"{k}/{count}" for k in range(1, count + 1))
+            lines = [
+                f"{title}, by the share of the rounds that are done",
+                "",
+                f"| run | rounds | {shares} |",
+                "|---|--:|" + "--:|" * count,
+            ]
+            for name in (name for name, rounds in counts.items() if len(rounds) == count):
+                columns = zip(*(evaluations(run) for run in runs[name]), strict=True)
+                cells = [_spread([e[key] * scale for e in column], digits) for column in columns]
+                lines.append(f"| {name} | {counts[name][-1]} | {' | '.join(cells)} |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+METRICS = (("fid", "FID", 1.0, 3), ("kid", "KID · 10³", 1e3, 2), ("coverage", "coverage", 1.0, 3))
+"""Key, title, factor and digits of what an evaluation is shown by."""
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def ratios(runs: Runs) -> Json:
+    """The aims, each as a ratio of means over the seeds that both of its runs have; absent where a
+    run is missing. The best baseline is the best of those that have as many seeds as any."""
+    found: Json = {}
+    if PLUS not in runs:
+        return found
+
+    def paired(name: str, other: str) -> tuple[list[Json], list[Json]] | None:
+        one, two = runs.get(name, []), runs.get(other, [])
+        shared = {run["seed"] for run in one} & {run["seed"] for run in two}
+        if not shared:
+            return None
+        return [r for r in one if r["seed"] in shared], [r for r in two if r["seed"] in shared]
+
+    def of_fids(name: str, other: str) -> float | None:
+        pair = paired(name, other)
+        return mean(finals(pair[0], "fid")) / mean(finals(pair[1], "fid")) if pair else None
+
+    most = max((len(runs[name]) for name in BASELINES if name in runs), default=0)
+    there = [name for name in BASELINES if name in runs and len(runs[name]) == most]
+    best = min(there, key=lambda name: mean(finals(runs[name], "fid")), default="")
+    if pair := paired(PLUS, best):
+        found["best_baseline"] = best
+        found["fid_vs_best_baseline"] = of_fids(PLUS, best)
+        found["difference_over_spread"] = _separation(
+            finals(pair[1], "fid"), finals(pair[0], "fid")
+        )
+    if pair := paired(PLUS, PAPER):
+        steps = [mean(finals(some, "correction_steps")) for some in pair]
+        found["plus_fid_vs_fedddpm"] = of_fids(PLUS, PAPER)
+        found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
+    if pair := paired(PLUS, "fedavg"):
+        found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(finals(pair[1], "fid")))
+    for name in ("fedavg", SLOW):
+        found[f"secure_vs_float_{name}"] = of_fids(f"{name}-secure", name)
+    for control in ("fedavg-end", "auxiliary", "auxiliary-3x", "fedavg-double", "central"):
+        found[f"fid_vs_{control}"] = of_fids(PLUS, control)
+    shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
+    return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
+
+
+def _separation(others: list[float], plus: list[float]) -> float | None:
+    """How many pooled standard deviations the means are apart."""
+    if min(len(others), len(plus)) < 2:
+        return None
+    spread = ((stdev(others) ** 2 + stdev(plus) ** 2) / 2) ** 0.5
+    return (mean(others) - mean(plus)) / spread
+
+
+def _rounds_to(runs: list[Json], target: float) -> float | None:
+    """First evaluated round whose mean FID is at most the target, as a share of all rounds."""
+    by_round: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for event in evaluations(run):
+            by_round[event["round"]].append(event["fid"])
+    reached = [number for number, fids in sorted(by_round.items()) if mean(fids) <= target]
+    return reached[0] / max(by_round) if reached else None
+
+
+_AIMS = {
+    "fid_vs_best_baseline": 0.9,
+    "plus_fid_vs_fedddpm": 1.05,
+    "plus_steps_vs_fedddpm": 1 / 3,
+    "rounds_to_fedavg_fid": 0.5,
+}
+
+
+def ratios_table(found: Json) -> str:
+    """The ratios with their aims."""
+    if not found:
+        return ""
+    lines = ["", "| ratio | measured | aim |", "|---|--:|--:|"]
+    for name, value in found.items():
+        aim = f"≤ {_AIMS[name]:.2f}" if name in _AIMS else ""
+        shown = "–" if value is None else f"{value:.3f}" if isinstance(value, float) else value
+        if name in _AIMS and isinstance(value, float) and round(value, 3) > round(_AIMS[name], 3):
+            shown = f"**{shown}** (missed)"
+        lines.append(f"| `{name}` | {shown} | {aim} |")
+    return "\n".join(lines) + "\n"
+
+
+def trigger_table(runs: list[Json]) -> str:
+    """In which round the first correction comes, by signal, W and τ, one number per seed.
+
+    Until then every such run is the run without corrections: so it is read off that one's losses.
+    """
+    if not runs:
+        return ""
+    lines = ["", "| signal | W | " + " | ".join(f"τ = {tau}" for tau in _TAUS) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(_TAUS))
+    for signal in ("auxiliary", "silos"):
+        for window in (1, 2, 3, 5):
+            cells = [
+                ", ".join(_first_correction(run, signal, window, tau) for run in runs)
+                for tau in _TAUS
+            ]
+            lines.append(f"| {signal} | {window} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_TAUS = (0.02, 0.05, 0.1, 0.2)
+
+
+def _first_correction(
+    run: Json, signal: Literal["auxiliary", "silos"], window: int, tau: float
+) -> str:
+    rule = FedDDPMPlus(window=window, tau=tau, signal=signal, first_correction_steps=0)
+    silo = {e["round"]: e["loss"] for e in run["events"] if e["event"] == "round"}
+    history: list[RoundRecord] = []
+    for event in run["events"]:
+        if event["event"] == "decision":
+            number = event["round"]
+            history.append(RoundRecord(number, event["loss"], silo_loss=silo[number]))
+            if rule.decide(history).correct:
+                return str(number)
+    return "–"
