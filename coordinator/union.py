@@ -51,10 +51,11 @@ async def collect_union(
         asked = set(members)
         if attempt == plan.max_attempts and len(asked - vanished) >= live.roster.threshold:
             asked -= vanished
+        most = plan.most(live.roster.size)
         tags_work = TagsWork(total_count=count, images=plan.images, slots=slots)
         tags = await once(
             f"tags {attempt}",
-            partial(_sum_tags, tools, summing, live, Asked(tags_work, attempt, asked)),
+            partial(_sum_tags, tools, summing, live, most, Asked(tags_work, attempt, asked)),
         )
         images = await once(
             f"images {attempt}",
@@ -75,7 +76,9 @@ async def collect_union(
     )
 
 
-async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Asked) -> Json:
+async def _sum_tags(
+    tools: Tools, summing: Summing, live: LiveStudy, most: int, asked: Asked
+) -> Json:
     end = await summing.sum(asked)
     sha256 = bytes.fromhex(end.sum)
     total = np.frombuffer(tools.artifacts.read(sha256), dtype=DTYPES[32])
@@ -84,6 +87,12 @@ async def _sum_tags(tools: Tools, summing: Summing, live: LiveStudy, asked: Aske
         raise StudyFailed(
             "no silo offered a synthetic image: the audit dropped all of them, or auxiliary.images "
             "is too small for the sites' shares; see the sites' logs"
+        )
+    if occupied > most:
+        raise StudyFailed(
+            f"the silos marked {occupied} slots for synthetic images, together they may mark "
+            f"{most}: a silo offers more than its share, and would be most of the auxiliary set. "
+            "The sum does not tell which: ask the sites for their logs and the version they run"
         )
     await _publish(tools, live, sha256, "tags")
     return {"occupied": occupied, "epoch": live.roster.epoch, "session": asdict(end)}

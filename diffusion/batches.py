@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion.labels import Labels
+from diffusion.spec import shared_rows
 from kernels.noise import derive_key, uniform
 
 Images = NDArray[np.uint8]
@@ -37,7 +38,8 @@ class Batches:
         batch_size: int,
         seed: int,
     ) -> None:
-        taken = 0 if shared is None else min(round(shared.part * batch_size), batch_size - 1)
+        taken = 0 if shared is None else shared_rows(shared.part, batch_size)
+        self._size = batch_size
         self._sets = [(images, labels, BatchOrder(len(images), batch_size - taken, seed))]
         if shared is not None and taken:
             order = BatchOrder(len(shared.images), taken, seed, "shared batch order")
@@ -45,10 +47,18 @@ class Batches:
 
     def batch(self, step: int, rows: slice) -> tuple[Images, Labels | None]:
         """Those images of batch `step` that are in `rows`, and their labels where there are any."""
-        chosen = [(order.indices(step), own, known) for own, known, order in self._sets]
-        images = np.concatenate([own[indices] for indices, own, _ in chosen])
-        labels = [known[indices] for indices, _, known in chosen if known is not None]
-        return images[rows], np.concatenate(labels)[rows] if labels else None
+        images: list[Images] = []
+        labels: list[Labels] = []
+        begin = 0
+        for own, known, order in self._sets:
+            indices = order.indices(step)
+            end = begin + len(indices)
+            chosen = indices[[row - begin for row in range(self._size)[rows] if begin <= row < end]]
+            begin = end
+            images.append(own[chosen])
+            if known is not None:
+                labels.append(known[chosen])
+        return np.concatenate(images), np.concatenate(labels) if labels else None
 
 
 class BatchOrder:

@@ -211,3 +211,8 @@ class SamplerSpec(Spec):
 
     def _distance(self, steps: int) -> int:
         return abs(steps - self.steps)
+
+
+def shared_rows(part: float, batch_size: int) -> int:
+    """How many images of a batch are shared ones: `part` of it, but one is always one's own."""
+    return min(round(part * batch_size), batch_size - 1)

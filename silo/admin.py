@@ -32,6 +32,7 @@ from silo.home import SiloHome, StudyHome
 from silo.identity import Enrolment, load_enrolment, load_or_make_identity
 from silo.ledger import LedgerFile
 from silo.offers import Terms, offered_terms, other_studies, pinned_terms, record, stored_decision
+from silo.policy import check_study
 from study.audit_log import AuditError, Verified, read_entries, verify
 
 _PATIENCE_SECONDS = 20.0
@@ -158,9 +159,18 @@ def roster(home: Path, study: str | None = None) -> str:
 
 def approve(home: Path, study: str) -> Terms:
     """Accept the plan and roster of `study` as last offered; a running agent acts on it within a
-    second. Raises SiloError where nothing was offered."""
-    place = _study(home, study)
-    terms = _offered(place)
+    second. Raises SiloError where nothing was offered, and for what the site policy declines."""
+    place, site = _study(home, study), SiloHome(home)
+    terms, config = _offered(place), load_config(site)
+    identity = load_or_make_identity(site).public
+    declined = check_study(
+        config.policy, terms.plan, terms.roster, site=config.site.name, identity=identity
+    )
+    if declined is not None:
+        raise SiloError(
+            f"study {study!r} is {declined}. If this institution wants it all the same, change "
+            f"[policy] in {site.config} and restart the agent"
+        )
     record(place, terms, accepted=True)
     return terms
 
@@ -319,6 +329,11 @@ def _changes(before: Terms, offered: Terms) -> str:
         lines.append(f"    other keys   {', '.join(changed)}: ask these sites why")
     if before.plan != offered.plan:
         lines.append("    the plan is another one: read offer.toml")
+    if now.keys() - then.keys() and offered.plan.strategy.local_rules().auxiliary_share > 0.0:
+        lines.append(
+            "  Who joins is sent the synthetic images that were made before, those of this site\n"
+            "  and of sites that left among them."
+        )
     lines.append(
         "  If you accept, the images are counted again for this roster. Every site knows both\n"
         "  totals: where one site alone joined or left, their difference is its count, rounded to\n"
@@ -337,12 +352,17 @@ def _described(study: StudyHome, terms: Terms, state: str) -> str:
     )
     before = pinned_terms(study)
     changes = _changes(before, terms) if before is not None and before != terms else ""
-    shared = "  Every site is sent the synthetic images of all, and trains on them too.\n"
-    shares = terms.plan.strategy.local_rules().auxiliary_share > 0.0
+    share, auxiliary = terms.plan.strategy.local_rules().auxiliary_share, terms.plan.auxiliary
+    shared = ""
+    if share and auxiliary:
+        shared = (
+            f"  Every site is sent the synthetic images of all, some {auxiliary.images:,}; they\n"
+            f"  are {share:.0%} of what it trains on.\n"
+        )
     return (
         f"{study.name}: {terms.plan.study.title} ({state})\n"
         f"  epoch {group.epoch}, {group.size} silos, threshold {group.threshold}, "
-        f"{group.colluders} colluders tolerated\n{members}\n{shared if shares else ''}{changes}"
+        f"{group.colluders} colluders tolerated\n{members}\n{shared}{changes}"
         f"  fingerprint  {group.fingerprint}\n"
         "  Compare the fingerprint with the other sites, by phone, before you approve."
         f"{warning if others else ''}"

@@ -218,9 +218,16 @@ class Agent:
             offered, decision = offered_terms(study), stored_decision(study)
             pinned = True
             if offered and decision and decision.accepted and decision.about(offered):
-                pinned = await self._pin(study, offered)
+                pinned = self._allows(study, offered) and await self._pin(study, offered)
             await self._take_part(study, decided if pinned else 0)
         await asyncio.sleep(_LOOK_SECONDS)
+
+    def _allows(self, study: StudyHome, terms: Terms) -> bool:
+        """The policy comes first, also where a person's word came later than its answer."""
+        if pinned_terms(study) == terms:
+            return True
+        decision = decide(study, terms, self._config, self._identity.public)
+        return decision is not None and decision.accepted
 
     def _is_back(self, study: StudyHome) -> bool:
         """Whether a study that ended for this site alone was accepted again, under a new roster."""

@@ -24,7 +24,7 @@ from protos.v1 import coordination_pb2 as pb
 from protos.v1 import enrolment_pb2 as enrolment_pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from protos.v1.enrolment_pb2_grpc import EnrolmentStub
-from silo.errors import RefusedByCoordinator
+from silo.errors import ProposalRefused, RefusedByCoordinator
 from silo.files import move
 
 T = TypeVar("T")
@@ -174,8 +174,8 @@ class Client:
     async def download(self, study: str, sha256: bytes, target: Path, *, at_most: int) -> None:
         """Fetch an artifact to `target`, unless it is there.
 
-        Raises RefusedByCoordinator for one that is larger than `at_most` bytes or whose content
-        does not have the hash.
+        Raises ProposalRefused for one that is larger than `at_most` bytes or whose content does
+        not have the hash, RefusedByCoordinator where there is none.
 
         Nothing is synced: what a power cut spoils has another hash, and is fetched again. So a file
         of an earlier process is read and hashed before it is used.
@@ -187,13 +187,16 @@ class Client:
                 return self._verified.add(target)
             target.unlink()
         hashed = Hashed(partial)
+        resumed = partial.exists() and partial.stat().st_size > 0
         # A crash between the last byte and the rename leaves a partial file that is whole.
         if not partial.exists() or await asyncio.to_thread(hashed.catch_up) != sha256:
             await self._call(lambda: self._download_once(study, sha256, hashed, at_most))
         found = await asyncio.to_thread(hashed.catch_up)
         if found != sha256:
             partial.unlink()
-            raise RefusedByCoordinator(
+            if resumed:  # what was there before may be what a power cut left: all of it anew
+                return await self.download(study, sha256, target, at_most=at_most)
+            raise ProposalRefused(
                 f"artifact {sha256.hex()} arrived with SHA-256 {found.hex()}: "
                 "the study centre's copy is damaged"
             )
@@ -208,7 +211,7 @@ class Client:
                 data = chunk.data
                 if chunk.offset != hashed.size or hashed.size + len(data) > at_most:
                     file.truncate(0)
-                    raise RefusedByCoordinator(
+                    raise ProposalRefused(
                         f"artifact {sha256.hex()} is longer than the {at_most} bytes that the "
                         "plan allows, or came in the wrong order"
                     )

@@ -82,7 +82,7 @@ def estimate(plan: Plan, silos: int, measured: Measured, resources: Resources) -
     traffic = transfers(plan, silos) + between_sessions(measured.tensors) * hours
     parameters = parameter_count(plan.model) * plan.strategy.parts
     # Input model, vector, masked vector, residuals old and new, checkpoint of four vectors.
-    disk = parameters * (4 + 2 * plan.secure_sum.ring / 8 + 2 * 4 + 4 * 4)
+    disk = parameters * (4 + 2 * plan.secure_sum.ring / 8 + 2 * 4 + 4 * 4) + _shared_bytes(plan)
     return Estimate(traffic, hours, hours / _open_hours(resources), disk)
 
 
@@ -124,9 +124,14 @@ def transfers(plan: Plan, silos: int) -> Traffic:
         occupied = slots * (1 - np.exp(-plan.auxiliary.images / slots))
         records = Traffic(occupied * plan.record_size, 4 * slots)
         total += session(tags, plan, silos) + messages(silos) + records
-    if plan.auxiliary is not None and plan.strategy.local_rules().auxiliary_share:
-        total += Traffic(0, plan.auxiliary.images * (plan.record_size - 1))
-    return total * _TRANSPORT
+    return (total + Traffic(0, _shared_bytes(plan))) * _TRANSPORT
+
+
+def _shared_bytes(plan: Plan) -> int:
+    """The auxiliary images, where silos train on them too: sent once, kept for the whole study."""
+    if plan.auxiliary is None or not plan.strategy.local_rules().auxiliary_share:
+        return 0
+    return plan.auxiliary.images * (plan.record_size - 1)
 
 
 def session(work: Work, plan: Plan, silos: int) -> Traffic:

@@ -103,6 +103,14 @@ class StudyHome:
         return self.path / "total.json"
 
     @property
+    def shared(self) -> Path:
+        return self.path / "shared.json"
+
+    @property
+    def shared_sheet(self) -> Path:
+        return self.pool / "shared.png"
+
+    @property
     def residual(self) -> Path:
         return self.path / "residual.npy"
 

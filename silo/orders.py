@@ -70,6 +70,8 @@ class TrainRound(Order["RoundTrained"]):
     auxiliary: Path | None
     """Auxiliary images to train on as well, where the strategy wants that: one record after the
     other, (label and) pixels."""
+    auxiliary_sheet: Path
+    """Where a person finds a picture of those images; made once."""
     count: int
     """Coarse count: the weight of this silo."""
     seed: int

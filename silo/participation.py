@@ -43,6 +43,7 @@ from silo.model_size import parameter_count
 from silo.offers import Terms, newer_offer
 from silo.orders import PublishModel
 from silo.outcomes import Outcomes
+from silo.pins import Pins
 from silo.proposal import Artifact, Pinned, Proposal, check_open
 from silo.protocol import Protocol
 from silo.quantities import Quantities
@@ -93,6 +94,7 @@ class Participation:
         self._ledger = LedgerFile(study.ledger, study.name)
         self._protocol = Protocol(party, self._ledger, study.masked, study.shares_key)
         self._outcomes = Outcomes(study.outcomes(terms.roster.epoch))
+        self._pins = Pins(study, terms.roster.epoch)
         self._delay = _FIRST_DELAY
         self._reports: set[asyncio.Task[None]] = set()
         self._refused: set[tuple[int, str]] = set()
@@ -146,6 +148,7 @@ class Participation:
         stored = read_json(self._study.leave) or {}
         await self._tools.client.leave_study(self._study.name, str(stored.get("reason", "")))
         self._log.info("left the study")
+        await asyncio.to_thread(self._quantities.end)
         write_json(self._study.ended, {"reason": "left", "model": ""})
 
     async def _refuse(self, task: pb.Task | None, error: Exception, reason: str) -> None:
@@ -200,19 +203,25 @@ class Participation:
         proposal = check_open(task.session, task.open, self._pinned())
         self._protocol.history.check_open(proposal.context)
         context = proposal.context
-        self._pin_total(proposal)
+        self._pins.keep(proposal)
         self._show(
             session=context.session, quantity=str(context.quantity), phase="open", trouble=None
         )
-        self._forget_others(proposal)
-        prepared = self._quantities.prepare(
+        vector = await self._while_wanted(task.session, self._prepare(proposal))
+        await self._send(task, await asyncio.to_thread(self._protocol.open, context, vector))
+
+    async def _prepare(self, proposal: Proposal) -> Path:
+        """The files that the work needs, then the vector."""
+        wanted = {artifact.sha256.hex() for artifact in proposal.artifacts}
+        self._quantities.forget_artifacts(wanted)
+        if wanted:
+            self._show(activity="fetching")
+        return await self._quantities.prepare(
             proposal,
             self.terms.roster,
             [await self._fetch(artifact) for artifact in proposal.artifacts],
-            lambda progress: self._report(context, progress),
+            lambda progress: self._report(proposal.context, progress),
         )
-        vector = await self._while_wanted(task.session, prepared)
-        await self._send(task, await asyncio.to_thread(self._protocol.open, context, vector))
 
     def _check_consent(self) -> None:
         """Nothing new is begun once a person wants to leave, or has yet to see a later roster."""
@@ -228,7 +237,8 @@ class Participation:
     async def _while_wanted(self, session: int, prepared: Coroutine[None, None, Path]) -> Path:
         """The vector; raises SessionOver when the coordinator goes on without waiting for it.
 
-        Hours of training for a session that is over would make this site late for the next.
+        Hours of training for a session that is over would make this site late for the next, and so
+        would a download; nor does a person who wants to leave have to wait for either.
         """
         work = asyncio.ensure_future(prepared)
         over = asyncio.ensure_future(self._until_over(session))
@@ -243,10 +253,10 @@ class Participation:
             await asyncio.gather(work, over, return_exceptions=True)
 
     async def _until_over(self, session: int) -> None:
-        """Returns when the coordinator has twice in a row wanted something else of this site: once
-        can be a coordinator that has just started."""
+        """Returns when the coordinator has twice in a row wanted something else of this site (once
+        can be a coordinator that has just started), or this site leaves."""
         misses = 0
-        while misses < 2:
+        while misses < 2 and not self._study.leave.exists():
             await asyncio.sleep(_LOOK_SECONDS)
             task = await self._next_task(0)
             wanted = task.session == session and task.WhichOneof("task") == "open"
@@ -254,16 +264,23 @@ class Participation:
 
     def _pinned(self) -> Pinned:
         policy = self._tools.config.policy
-        withheld = () if policy.auxiliary_samples else ("tags", "images")
+        withheld: set[str] = set()
+        if not policy.auxiliary_samples:
+            withheld |= {"tags", "images"}
+        shares = self.terms.plan.strategy.local_rules().auxiliary_share > 0.0
+        if shares and not policy.auxiliary_among_sites:
+            # Accepted under another policy: nothing more of it, whoever else joins.
+            withheld |= {"tags", "images", "round"}
         return Pinned(
             self.terms.plan,
             self.terms.roster,
             tuple(p for p in policy.purposes if p not in withheld),
             self._outcomes.previous,
             self._counted(),
-            self._total(),
+            self._pins.total,
             self._outcomes.tags(self._protocol.history),
             any(quantity.purpose == "images" for quantity in self._summed()),
+            self._pins.shared,
         )
 
     def _counted(self) -> bool:
@@ -273,26 +290,6 @@ class Participation:
         """What this site is in a sum of."""
         records = self._protocol.history.sessions.values()
         return {r.context.quantity for r in records if r.settled and r.settled.included}
-
-    def _total(self) -> int | None:
-        stored = read_json(self._study.total)
-        if stored is None or stored["epoch"] != self.terms.roster.epoch:
-            return None
-        return int(stored["total_count"])
-
-    def _pin_total(self, proposal: Proposal) -> None:
-        total = getattr(proposal.work, "total_count", None)
-        if total is not None and self._total() is None:
-            epoch = self.terms.roster.epoch
-            write_json(self._study.total, {"epoch": epoch, "total_count": total})
-
-    def _forget_others(self, proposal: Proposal) -> None:
-        """Files of other proposals: a coordinator names as many as it likes."""
-        wanted = {artifact.sha256.hex() for artifact in proposal.artifacts}
-        wanted |= self._quantities.kept
-        for file in self._study.artifacts.iterdir():
-            if file.name.partition(".")[0] not in wanted:
-                file.unlink(missing_ok=True)
 
     async def _fetch(self, artifact: Artifact) -> Path:
         target = self._study.artifact(artifact.sha256)
@@ -358,6 +355,7 @@ class Participation:
         reason = pb.StudyEnded.Reason.Name(ended.reason).lower()
         if ended.model:
             await self._publish(ended.model)
+        await asyncio.to_thread(self._quantities.end)
         self._log.info("study ended", reason=reason)
         write_json(self._study.ended, {"reason": reason, "model": ended.model.hex()})
 

@@ -20,6 +20,7 @@ from silo.errors import ProposalRefused
 from silo.model_size import parameter_count
 from study.plan import Plan
 from study.quantity import (
+    AuxiliaryImages,
     CensusWork,
     EvaluationWork,
     ImagesWork,
@@ -52,6 +53,8 @@ class Pinned:
     """Attempt → sum certificate of its tags."""
     united: bool = False
     """Whether synthetic images of this site are in a union already."""
+    shared: AuxiliaryImages | None = None
+    """The auxiliary images that this site trains on, None before the first round."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,13 @@ def _check_work(work: Work, round: int, pinned: Pinned) -> None:
         case TagsWork():
             last = _check_tags(work, plan, pinned.united)
         case ImagesWork():
-            last = _check_images(work, plan)
+            last = _check_images(work, plan, pinned.roster.size)
             if round not in pinned.tags:
                 raise ValueError(f"images {round}: there is no sum of tags {round} with this site")
         case RoundWork():
             last = plan.rounds.count
             _check_round(work, round, plan)
+            _check_shared(work, round, pinned)
         case EvaluationWork():
             last = plan.rounds.count
             _check_evaluation(work, round, plan)
@@ -183,9 +187,14 @@ def _check_tags(work: TagsWork, plan: Plan, united: bool) -> int:
     return agreed.max_attempts
 
 
-def _check_images(work: ImagesWork, plan: Plan) -> int:
+def _check_images(work: ImagesWork, plan: Plan, silos: int) -> int:
     if plan.auxiliary is None or work.record_size != plan.record_size:
         raise ValueError(f"images: records of {work.record_size} bytes are not the plan's images")
+    if work.occupied > (most := plan.auxiliary.most(silos)):
+        raise ValueError(
+            f"images: {work.occupied} slots are taken, all sites together offer at most {most}: "
+            "a site offers more than its share, and would be most of the auxiliary set"
+        )
     return plan.auxiliary.max_attempts
 
 
@@ -195,13 +204,27 @@ def _check_round(work: RoundWork, round: int, plan: Plan) -> None:
         raise ValueError(f"round {round}: {sum(work.sizes)} parameters are not the plan's model")
     if round == 1 and work.clips != plan.first_clips(len(work.sizes) // parts):
         raise ValueError(f"round 1: the clips are not the plan's first_clip = {plan.first_clip}")
+
+
+def _check_shared(work: RoundWork, round: int, pinned: Pinned) -> None:
+    """One set for the whole study: a coordinator that names another one in every round would choose
+    what this site trains on, round by round, and fill its disk."""
+    plan, named = pinned.plan, work.auxiliary
     wanted = plan.strategy.local_rules().auxiliary_share > 0.0
-    if wanted != (work.auxiliary is not None):
+    if wanted != (named is not None):
         raise ValueError(
             f"round {round}: auxiliary images to train on are {'' if wanted else 'not '}in the plan"
         )
-    if work.auxiliary is not None and work.auxiliary.images > _slots(plan):
-        raise ValueError(f"round {round}: {work.auxiliary.images} auxiliary images are too many")
+    if named is None:
+        return
+    if plan.auxiliary is None or named.images > plan.auxiliary.most(pinned.roster.size):
+        raise ValueError(f"round {round}: {named.images} auxiliary images are too many")
+    before = pinned.shared or named
+    if named != before:
+        raise ValueError(
+            f"round {round}: the auxiliary images are {named.images} of {named.sha256}, they were "
+            f"{before.images} of {before.sha256}"
+        )
 
 
 def _check_evaluation(work: EvaluationWork, round: int, plan: Plan) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,8 +62,6 @@ class Quantities:
         self._home, self._study, self._plan, self._index = home, study, plan, index
         self._config, self._worker = config, worker
         self._on_progress: Callable[[Progress], None] = lambda _: None
-        self.kept: frozenset[str] = frozenset()
-        """Artifacts that every round reads: the auxiliary images of the last one's work."""
         self._secret = _secret(study.path / "seed")
         seed = derived_seed(self._secret, "local model")
         self._auxiliary = Auxiliary(study, plan, worker.machine, seed, self._run)
@@ -81,15 +79,13 @@ class Quantities:
         """
         self._on_progress = on_progress
         context = proposal.context
-        if isinstance(proposal.work, RoundWork):
-            self.kept = frozenset(file.name for file in artifacts[1:])
         folder = self._study.vector(context.quantity.purpose, context.quantity.round)
         vector, request = folder / "vector", _request(context)
         if read_json(folder / "request.json") == request and vector.exists():
             log.info("vector kept from an earlier session", quantity=str(context.quantity))
             return vector
         (folder / "request.json").unlink(missing_ok=True)
-        self._forget_others(folder, context.model.hex())
+        self._forget_others(folder, self._checkpoint(context))
         await self._compute(proposal, roster, artifacts, folder)
         write_json(folder / "request.json", request)
         return vector
@@ -114,20 +110,39 @@ class Quantities:
         shutil.rmtree(folder, ignore_errors=True)
         if quantity.purpose == "round":
             # This round's input, the model evaluated before it: the next round brings its own.
-            for artifact in self._study.artifacts.iterdir():
-                if artifact.name not in self.kept:
-                    artifact.unlink(missing_ok=True)
+            self.forget_artifacts()
 
-    def _forget_others(self, folder: Path, model: str) -> None:
+    def forget_artifacts(self, wanted: Collection[str] = ()) -> None:
+        """Downloaded files but those whose SHA-256 (hexadecimal) is `wanted`, and the auxiliary
+        images, which every round reads: a coordinator names as many files as it likes."""
+        shared = (read_json(self._study.shared) or {}).get("sha256")
+        for file in self._study.artifacts.iterdir():
+            name = file.name.partition(".")[0]
+            if name not in wanted and name != shared:
+                file.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Nothing of the study is computed here any more: leave no image of other sites, nor half
+        a training, on the disk."""
+        for folder in (self._study.artifacts, self._study.work):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _checkpoint(self, context: SessionContext) -> Path:
+        """Where the training for this quantity from this model is kept; what else it reads is the
+        same in the whole study."""
+        quantity, model = context.quantity, context.model.hex()
+        return self._study.work / f"{quantity.purpose}-{quantity.round}-{model}.checkpoint"
+
+    def _forget_others(self, folder: Path, checkpoint: Path) -> None:
         """Vectors of this purpose and checkpoints that belong to other sessions: whoever proposes
         round after round, from model after model, does not fill the disk."""
         purpose = folder.name.rpartition("-")[0]
         for other in folder.parent.glob(f"{purpose}-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        for checkpoint in self._study.work.glob(f"{purpose}-*.checkpoint"):
-            if model not in checkpoint.name:
-                checkpoint.unlink(missing_ok=True)
+        for other in self._study.work.glob(f"{purpose}-*.checkpoint"):
+            if other != checkpoint:
+                other.unlink(missing_ok=True)
 
     async def count(self) -> int:
         """ñ: the coarse count of this site's images. Raises DataError where there are none."""
@@ -155,7 +170,7 @@ class Quantities:
                 content = await asyncio.to_thread(self._auxiliary.images, attempt, work, total)
                 write_file(vector, content)
             case RoundWork():
-                await self._round(attempt, work, roster.size, artifacts, folder)
+                await self._round(proposal.context, work, roster.size, artifacts, folder)
             case EvaluationWork():
                 await self._evaluation(attempt, work, roster.size, artifacts, vector)
 
@@ -168,19 +183,19 @@ class Quantities:
 
     async def _round(
         self,
-        round: int,
+        context: SessionContext,
         work: RoundWork,
         silos: int,
         artifacts: Sequence[Path],
         folder: Path,
     ) -> None:
+        round = context.quantity.round
         if self._index not in self._plan.working(round, silos):
             log.info("rests", round=round)
             zeros = delta_encoding(work, silos, self._plan.secure_sum.ring).zeros()
             return write_file(folder / "vector", zeros.tobytes())
         images = await self._images()
         model, *auxiliary = artifacts
-        inputs = "-".join(file.name for file in artifacts)
         order = TrainRound(
             machine=self._worker.machine,
             plan=self._plan.toml(),
@@ -191,6 +206,7 @@ class Quantities:
             model=model,
             images=images.file,
             auxiliary=auxiliary[0] if auxiliary else None,
+            auxiliary_sheet=self._study.shared_sheet,
             count=coarse_count(images.count),
             seed=derived_seed(self._secret, f"round {round}"),
             residual=self._study.residual,
@@ -198,7 +214,7 @@ class Quantities:
             new_residual=folder / self._study.residual.name,
             control=self._study.control,
             new_control=folder / self._study.control.name,
-            checkpoint=self._study.work / f"round-{round}-{inputs}.checkpoint",
+            checkpoint=self._checkpoint(context),
         )
         done = await self._run(order)
         if done.fault:

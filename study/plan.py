@@ -25,6 +25,7 @@ from diffusion.spec import (
     SamplerSpec,
     ScheduleSpec,
     Spec,
+    shared_rows,
 )
 from study.problems import PlanError, explain
 from study.reservation import LABEL_BYTES
@@ -186,6 +187,13 @@ class Plan(Spec):
             raise ValueError(
                 f'strategy.kind = "{self.strategy.kind}" corrects on auxiliary images: '
                 "add [auxiliary] with `images = …`, or use another strategy"
+            )
+        share, batch = self.strategy.local_rules().auxiliary_share, self.optimizer.batch_size
+        if share and shared_rows(share, batch) < 1:
+            raise ValueError(
+                f"strategy.auxiliary_share = {share} of optimizer.batch_size = {batch} is no whole "
+                "image: raise either, or write auxiliary_share = 0, so that no site is sent the "
+                "images of others for nothing"
             )
         if self.auxiliary and self.warm_up is None:
             raise ValueError(

@@ -151,6 +151,11 @@ class Auxiliary(Spec):
     """A sample nearer to a training image than this quantile of the nearest-neighbour distances
     within the site's own images is dropped."""
 
+    def most(self, silos: int) -> int:
+        """How many images `silos` of them can offer at most, if each keeps to its share: the shares
+        add up to M but for their rounding (`study.reservation.share`)."""
+        return self.images + silos
+
 
 class Rounds(Spec):
     """[rounds]: the federated rounds."""

@@ -23,8 +23,9 @@ from diffusion.execution import Execution
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from diffusion.training import train
 from silo.data.cache import Labels
+from silo.data.sheet import write_sheet
 from silo.errors import ProposalRefused
-from silo.files import sync_file, write_file
+from silo.files import move, sync_file, write_file
 from silo.jobs.together import leads
 from silo.jobs.training import (
     SAVE_EVERY,
@@ -58,13 +59,16 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
     model = _input_model(plan, work, order, given)
     own = np.load(order.control) if order.control.exists() else None
     steps = plan.rounds.local_steps
+    shared = shared_images(plan, order.auxiliary)
+    if shared is not None and leads() and not order.auxiliary_sheet.exists():
+        _show(shared, order.auxiliary_sheet)
     trained = train_from(
         model,
         plan,
         given,
         read_images(order.images),
         labels=read_labels(plan, order.images),
-        shared=shared_images(plan, order.auxiliary),
+        shared=shared,
         round=order.round,
         seed=order.seed,
         execution=execution_of(order.machine),
@@ -157,7 +161,9 @@ def shared_images(plan: Plan, path: Path | None) -> Shared | None:
     malice: its image is left out, here as at the coordinator."""
     if path is None:
         return None
-    records = np.fromfile(path, dtype=np.uint8).reshape(-1, plan.record_size - 1)
+    # Mapped, as one's own images are: a set as large as memory would do, and each of the processes
+    # that train together reads the same pages.
+    records = np.memmap(path, np.uint8, "r").reshape(-1, plan.record_size - 1)
     part = plan.strategy.local_rules().auxiliary_share
     if plan.model.classes is None:
         return Shared(records.reshape(-1, *plan.data.shape), None, part)
@@ -165,7 +171,16 @@ def shared_images(plan: Plan, path: Path | None) -> Shared | None:
     known = labels < plan.model.classes
     if not known.any():
         raise ProposalRefused("no auxiliary image has a label of the plan's classes")
-    return Shared(images[known], labels[known], part)
+    if not known.all():
+        images, labels = images[known], labels[known]
+    return Shared(images, labels, part)
+
+
+def _show(shared: Shared, path: Path) -> None:
+    """A sheet whole or not at all, since it is made once."""
+    unfinished = path.with_name(f"{path.name}.part")
+    write_sheet(shared.images, unfinished)
+    move(unfinished, path)
 
 
 def _input_model(plan: Plan, work: RoundWork, order: TrainRound, given: Vector) -> nn.Module:

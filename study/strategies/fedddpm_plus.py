@@ -21,8 +21,8 @@ by the silos' next local steps.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
 the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
-it is the loss of local models on their own images, which also falls where the global model learns
-nothing.
+it is the loss of local models on what they train on (their own images, with `auxiliary_share` the
+auxiliary ones too), which also falls where the global model learns nothing.
 """
 
 from __future__ import annotations

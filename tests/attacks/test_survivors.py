@@ -124,11 +124,17 @@ async def test_images_are_summed_over_exactly_the_silos_of_their_tags(
     tags = decode_work((template.folder / "tags.json").read_bytes())
     assert isinstance(tags, TagsWork)
     counted.open(tags)
+    for peer in counted.peers.values():
+        peer.vector = np.zeros(tags.slots, np.uint32)  # the others offer nothing
     await counted.until(coordinator.Summed)
     await counted.settle()
     total = counted.sum
     counted.liar.artifacts[sha256(total)] = total
     occupied = len(renumber(np.frombuffer(total, "<u4")))
+    # One site that marks all slots would win most of them, and be most of the auxiliary set.
+    flood = ImagesWork(tags=sha256(total).hex(), occupied=tags.images + 6, record_size=65)
+    context = counted.open(flood, reservation=sha256(total), survivors=ALL)
+    await counted.refuses(Open(context), "all sites together offer at most")
     work = ImagesWork(tags=sha256(total).hex(), occupied=occupied, record_size=65)
     context = counted.open(work, reservation=sha256(total), survivors=ALL)
     await counted.refuses(Open(replace(context, survivors=(1, 2, 3, 4))), "survivors is")

@@ -164,6 +164,8 @@ class TestSilo:
         """Those that the last evaluation was of."""
         self.features: np.ndarray[Any, Any] | None = None
         """Of this silo's images, (n, d) about the network's center; drawn where there are none."""
+        self.greed = 0
+        """How many synthetic images more than its share it brings."""
         self.errors: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -344,7 +346,7 @@ class TestSilo:
                     delta, np.zeros_like(delta), count=count, loss=0.5, key=os.urandom(32)
                 ).vector
             case TagsWork():
-                images = share(work.images, count, work.total_count)
+                images = share(work.images, count, work.total_count) + self.greed
                 taking.images = rng.integers(0, 256, (images, *taking.plan.data.shape), np.uint8)
                 if taking.plan.model.classes is not None:
                     # One label too many: a silo can send anything.

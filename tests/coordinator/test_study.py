@@ -156,6 +156,20 @@ async def test_a_conditional_study_corrects_on_labelled_images_and_publishes_its
         assert classes_of(pipeline.unet) == 3
 
 
+async def test_a_silo_that_marks_more_slots_than_all_may_does_not_become_the_auxiliary_set(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        silos[3].greed = 200
+        for silo in silos:
+            silo.start()
+        plan = federation.plan(rounds=2, more=FEDDDPM_PLUS)
+        study = admin.start_study(federation.home, plan)
+        await federation.until(lambda: federation.study(study).state == "failed", 150)
+        assert "a silo offers more than its share" in federation.study(study).error
+
+
 async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path: Path) -> None:
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()

@@ -21,7 +21,7 @@ from protos.v1.coordination_pb2_grpc import (
     add_CoordinationServicer_to_server,
 )
 from silo.client import CHUNK_BYTES, Client, Way
-from silo.errors import RefusedByCoordinator
+from silo.errors import ProposalRefused, RefusedByCoordinator
 from silo.identity import _pem
 
 CONTENT = bytes(range(256)) * 4096 + b"end"  # one chunk of an upload, and three bytes
@@ -170,11 +170,11 @@ async def test_an_artifact_that_is_too_long_or_of_another_hash_is_refused(
     flaky: tuple[Flaky, Client, list[str | None]], tmp_path: Path
 ) -> None:
     service, client, _ = flaky
-    with pytest.raises(RefusedByCoordinator, match="longer than the 500000 bytes"):
+    with pytest.raises(ProposalRefused, match="longer than the 500000 bytes"):
         await client.download("trial", DIGEST, tmp_path / "a", at_most=500_000)
     assert (tmp_path / "a.partial").stat().st_size == 0
     service.content = CONTENT[:-1] + b"x"
-    with pytest.raises(RefusedByCoordinator, match="copy is damaged"):
+    with pytest.raises(ProposalRefused, match="copy is damaged"):
         await client.download("trial", DIGEST, tmp_path / "b", at_most=len(CONTENT))
     assert not (tmp_path / "b").exists()
     assert not (tmp_path / "b.partial").exists()

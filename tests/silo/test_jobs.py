@@ -75,6 +75,7 @@ def order(tmp_path: Path, images: Path) -> TrainRound:
         model=tmp_path / "model",
         images=images,
         auxiliary=None,
+        auxiliary_sheet=tmp_path / "shared.png",
         count=20,
         seed=11,
         residual=tmp_path / "residual.npy",
@@ -406,6 +407,8 @@ def test_auxiliary_images_change_what_is_trained_and_a_label_that_is_none_is_lef
     np.full((6, 64), 255, np.uint8).tofile(records)
     train_round(replace(alone, auxiliary=records), progress)
     assert order.vector.read_bytes() != before
+    with Image.open(order.auxiliary_sheet) as sheet:
+        assert sheet.size == (660, 66), "a row of ten places, for the person who looks"
 
     labelled = make_plan("[model]", "[model]\nclasses = 3", sha256=SHA256)
     with_labels(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 2, 3, 700])).tofile(records)

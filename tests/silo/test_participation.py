@@ -17,13 +17,13 @@ from concilium.cli import main
 from concilium.status import silo_page
 from protos.v1 import coordination_pb2 as pb
 from secagg.context import SessionContext
-from secagg.ledger import Masked, Opened
+from secagg.ledger import Masked, Opened, Settled
 from secagg.messages import Signed, Step
 from secagg.primitives import Secret
 from secagg.roster import Roster
 from secagg.silo import SiloParty
 from silo import admin, participation
-from silo.config import Data, SiloConfig, Site
+from silo.config import Data, Policy, SiloConfig, Site
 from silo.errors import DataError
 from silo.files import read_json, write_json
 from silo.heads import Heads
@@ -32,7 +32,14 @@ from silo.ledger import LedgerFile
 from silo.offers import Terms, keep_offer, pin
 from silo.participation import Participation, Tools
 from silo.status import Status
-from study.quantity import CensusWork, count_encoding, encode_work, session_context
+from study.plan import Plan
+from study.quantity import (
+    CensusWork,
+    TagsWork,
+    count_encoding,
+    encode_work,
+    session_context,
+)
 from tests.silo.studies import make_plan, make_roster
 
 PLAN = make_plan()
@@ -75,13 +82,11 @@ class ScriptedClient:
 class Vectors:
     """Prepares a census at once, or fails, or takes for ever."""
 
-    kept: frozenset[str] = frozenset()
-
     def __init__(self, folder: Path) -> None:
         self.path = folder / "vector"
         self.path.write_bytes(count_encoding(4).encode({"count": 30}).tobytes())
         self.error: Exception | None = None
-        self.slow = False
+        self.slow = self.ended = False
 
     async def prepare(self, *_: Any) -> Path:
         if self.error:
@@ -92,6 +97,12 @@ class Vectors:
 
     def settle(self, record: object) -> None:
         pass
+
+    def forget_artifacts(self, wanted: object) -> None:
+        pass
+
+    def end(self) -> None:
+        self.ended = True
 
 
 def opened(session: int = 1, **changes: Any) -> pb.Task:
@@ -108,13 +119,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(participation, "_LOOK_SECONDS", 0.05)
 
 
-async def take_part(tmp_path: Path, client: ScriptedClient, vectors: Vectors) -> dict[str, Any]:
+async def take_part(
+    tmp_path: Path,
+    client: ScriptedClient,
+    vectors: Vectors,
+    plan: Plan = PLAN,
+    policy: Policy | None = None,
+) -> dict[str, Any]:
     """Run until the script is through; what the status shows then."""
     home = SiloHome(tmp_path)
     study = home.study("trial")
-    terms = Terms(PLAN, ROSTER)
+    terms = Terms(plan, ROSTER)
     pin(study, terms)
-    config = SiloConfig(site=Site(name="site-1"), data=Data(path="x"))
+    config = SiloConfig(site=Site(name="site-1"), data=Data(path="x"), policy=policy or Policy())
     status = Status(tmp_path / "status.json", "site-1", "nowhere")
     party = SiloParty(ROSTER, 1, KEYS[0], Secret(os.urandom(32)), os.urandom)
     anything: Any = client
@@ -170,6 +187,49 @@ async def test_work_for_a_session_that_is_over_is_dropped(tmp_path: Path) -> Non
     await take_part(tmp_path, client, vectors)
     assert client.submitted == []
     assert client.refusals == []
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_a_site_that_no_longer_lets_the_others_have_its_images_offers_none(
+    tmp_path: Path, allowed: bool
+) -> None:
+    """Its policy was changed after it had accepted the study."""
+    plan = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+    ledger = LedgerFile(SiloHome(tmp_path).study("trial").ledger, "trial")
+    census = session_context(ROSTER, plan.digest(), 16, CensusWork(), session=1, round=1)
+    for entry in (
+        Opened(census),
+        Masked(census.digest, bytes(32)),
+        Settled(census.digest, bytes(32), summed=True, included=True),
+    ):
+        ledger.append(entry)
+    ledger.close()
+    work = TagsWork(total_count=100, images=24, slots=192)
+    context = session_context(ROSTER, plan.digest(), 16, work, session=2, round=1)
+    message = pb.Open(context=context.encode(), work=encode_work(work))
+    client = ScriptedClient(pb.Task(study="trial", session=2, open=message))
+    vectors = Vectors(tmp_path)
+    vectors.path.write_bytes(bytes(4 * 192))
+    policy = Policy(auxiliary_among_sites=allowed)
+    await take_part(tmp_path, client, vectors, plan, policy)
+    assert len(client.submitted) == allowed
+    refusal = (2, "session 2: tags: the site policy does not let this be summed")
+    assert client.refusals == ([] if allowed else [refusal])
+
+
+async def test_a_site_that_leaves_waits_neither_for_training_nor_for_a_download(
+    tmp_path: Path,
+) -> None:
+    vectors = Vectors(tmp_path)
+    vectors.slow = True
+    client = ScriptedClient(opened())
+    client.standing = opened()
+    leave = SiloHome(tmp_path).study("trial").leave
+    asyncio.get_running_loop().call_later(0.2, write_json, leave, {"reason": "moved"})
+    await take_part(tmp_path, client, vectors)
+    assert client.left == ["moved"]
+    assert client.submitted == []
+    assert vectors.ended
 
 
 async def test_a_session_number_that_was_used_is_refused_after_a_restart(tmp_path: Path) -> None:

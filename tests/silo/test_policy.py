@@ -9,19 +9,36 @@ import pytest
 
 from diffusion.model import build_model
 from diffusion.spec import ModelSpec
+from protos.v1 import coordination_pb2 as pb
 from secagg.roster import Member, Roster
-from silo.admin import roster
+from silo.admin import approve, roster
 from silo.config import Approval, Data, Policy, SiloConfig, Site
+from silo.errors import SiloError
 from silo.files import write_file
 from silo.home import SiloHome, StudyHome
+from silo.identity import load_or_make_identity
 from silo.model_size import parameter_count
-from silo.offers import BadOffer, Terms, decide, other_studies, parse_terms, pin, record
+from silo.offers import (
+    BadOffer,
+    Terms,
+    decide,
+    keep_offer,
+    other_studies,
+    parse_terms,
+    pin,
+    record,
+    stored_decision,
+)
 from silo.policy import check_study
 from tests.silo.studies import make_plan, make_roster
 
 PLAN = make_plan()
 ROSTER, KEYS = make_roster(PLAN)
 IDENTITY = KEYS[0].public_key().public_bytes_raw()
+
+
+def offer(study: StudyHome, terms: Terms) -> None:
+    keep_offer(study, pb.Offer(plan=terms.plan.toml(), roster=terms.roster.encode()))
 
 
 def broken(policy: Policy, plan: object = PLAN, roster: Roster = ROSTER) -> str:
@@ -154,7 +171,30 @@ def test_the_person_who_decides_reads_that_every_site_is_sent_the_images(study: 
     assert sent not in roster(home)
     everywhere = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
     pin(study, Terms(everywhere, replace(ROSTER, epoch=2)))
-    assert sent in roster(home)
+    assert f"{sent}, some 24; they\n  are 50% of what" in roster(home)
+    bigger, _ = make_roster(PLAN, 5)
+    offer(study, Terms(everywhere, replace(bigger, epoch=3)))
+    assert "Who joins is sent the synthetic images that were made before" in roster(home)
+    smaller = replace(ROSTER, epoch=3, members=ROSTER.members[:3], threshold=3, colluders=0)
+    offer(study, Terms(everywhere, smaller))
+    assert "Who joins" not in roster(home)
+
+
+def test_a_person_cannot_approve_what_the_policy_declines(study: StudyHome) -> None:
+    site = SiloHome(study.path.parent.parent)
+    text = '[site]\nname = "site-1"\n[data]\npath = "x"\n[policy]\nlargest_rounds = 2\n'
+    site.config.write_text(text)
+    key = load_or_make_identity(site)
+    members = (Member("site-1", key.public), *ROSTER.members[1:])
+    offer(study, Terms(PLAN, replace(ROSTER, members=members)))
+    with pytest.raises(SiloError, match="largest_rounds: 3 rounds, at most 2. If this institution"):
+        approve(site.path, "trial")
+    assert stored_decision(study) is None
+    site.config.write_text(text.replace("2\n", "3\n"))
+    approve(site.path, "trial")
+    decision = stored_decision(study)
+    assert decision is not None
+    assert decision.accepted
 
 
 def test_a_roster_never_rolls_back(study: StudyHome) -> None:

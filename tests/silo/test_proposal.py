@@ -236,7 +236,9 @@ def test_auxiliary_images_to_train_on_come_where_the_plan_says_so_and_are_the_wo
         message = pb.Open(
             context=context.encode(), work=encode_work(work), artifacts=[MODEL, *artifacts]
         )
-        return check_open(5, message, replace(PINNED, plan=plan))
+        return check_open(5, message, replace(PINNED, plan=plan, shared=pinned))
+
+    pinned: AuxiliaryImages | None = None
 
     def shared(n: int) -> RoundWork:
         named = AuxiliaryImages(sha256=images.hex(), images=n)
@@ -247,9 +249,13 @@ def test_auxiliary_images_to_train_on_come_where_the_plan_says_so_and_are_the_wo
         check(ROUND)
     with pytest.raises(ProposalRefused, match="to train on are not in the plan"):
         check(shared(20), images, plan=PLAN)
-    with pytest.raises(ProposalRefused, match="193 auxiliary images are too many"):
-        check(shared(193), images)
+    with pytest.raises(ProposalRefused, match="29 auxiliary images are too many"):
+        check(shared(29), images)  # all sites together offer 24, and one each that rounding gives
     with pytest.raises(ProposalRefused, match="not those of the work"):
         check(shared(20), MODEL)
+    pinned = shared(20).auxiliary
+    check(shared(20), images)
+    with pytest.raises(ProposalRefused, match="the auxiliary images are .*, they were "):
+        check(shared(19), images)
     with pytest.raises(ProposalRefused, match="1 artifacts, not the input model and the aux"):
         check(shared(20))

@@ -14,6 +14,7 @@ from secagg.ledger import SessionRecord, Settled
 from silo.auxiliary import Auxiliary
 from silo.config import Data, SiloConfig, Site
 from silo.errors import DataError, ProposalRefused
+from silo.files import write_json
 from silo.home import SiloHome
 from silo.jobs.images import cache_images
 from silo.orders import (
@@ -165,7 +166,35 @@ async def test_what_was_computed_for_other_proposals_does_not_pile_up(place: Pla
     folders = {folder.name for folder in (place.study.path / "vectors").iterdir()}
     assert folders == {"round-3", "census-1"}
     left = {path.name for path in place.study.work.glob("*.checkpoint")}
-    assert left == {f"round-{r}-{(b'n' * 32).hex()}.checkpoint" for r in (2, 3)}
+    assert left == {f"round-3-{(b'n' * 32).hex()}.checkpoint"}
+
+
+async def test_the_auxiliary_images_stay_for_the_next_round_also_after_a_restart(
+    place: Place,
+) -> None:
+    shared, model = "5" * 64, "6" * 64
+    write_json(place.study.shared, {"sha256": shared, "images": 3})
+    for name in (shared, model, f"{model}.partial"):
+        (place.study.artifacts / name).touch()
+    place.quantities().forget_artifacts([model])
+    assert {file.name for file in place.study.artifacts.iterdir()} == {
+        shared,
+        model,
+        f"{model}.partial",
+    }
+    await place.prepare(context_of(ROUND), ROUND)
+    place.quantities().settle(settled(context_of(ROUND), summed=True, included=True))
+    assert [file.name for file in place.study.artifacts.iterdir()] == [shared]
+
+
+async def test_a_study_that_is_over_leaves_neither_images_of_others_nor_half_a_training(
+    place: Place,
+) -> None:
+    (place.study.artifacts / ("5" * 64)).touch()
+    (place.study.work / "local.checkpoint").touch()
+    place.quantities().end()
+    assert not list(place.study.artifacts.iterdir())
+    assert not list(place.study.work.iterdir())
 
 
 async def test_models_whose_hashes_differ_in_the_last_bit_alone_share_no_checkpoint(

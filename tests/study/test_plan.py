@@ -250,6 +250,15 @@ def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
         load_plan(named.replace("classes = 10", "classes = 2").replace('"b"', '"a"'))
 
 
+def test_a_share_that_is_no_whole_image_of_a_batch_is_refused() -> None:
+    """Else all sites would be sent images that nobody trains on."""
+    text = load_plan(EXAMPLE).toml()
+    assert "auxiliary_share = 0.5" in text
+    with pytest.raises(PlanError, match=r"auxiliary_share = 0.001 of optimizer.batch_size = \d+"):
+        load_plan(text.replace("auxiliary_share = 0.5", "auxiliary_share = 0.001"))
+    load_plan(text.replace("auxiliary_share = 0.5", "auxiliary_share = 0.0"))
+
+
 @pytest.mark.parametrize(
     "text",
     ["a = " + "[" * 5000, "a." * 4000 + "a = 1", "a = " + "9" * 5000, "a = 0x" + "f" * 9000],
