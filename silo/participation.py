@@ -245,7 +245,8 @@ class Participation:
         try:
             await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise SessionOver(f"session {session} went on without this site's contribution")
+                why = "this site leaves" if self._study.leave.exists() else "it went on without it"
+                raise SessionOver(f"session {session}: the contribution was dropped: {why}")
             return work.result()
         finally:
             for task in (work, over):
