@@ -4,8 +4,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 HAS_GPU = torch.cuda.is_available()
+
+# Properties, not speed: one stall of a busy machine among thousands of examples is no failure.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 # @triton.jit reads it when it decorates, and many tests import `kernels` in passing. A process
 # that compiles ahead of time, or that a test starts as a service, has to drop it again.

@@ -61,7 +61,7 @@ class Federation:
     """A coordinator's folder, its server object, and silos that have joined."""
 
     def __init__(
-        self, folder: Path, absent_after: float = 0.5, database: str | None = None
+        self, folder: Path, absent_after: float = 1.5, database: str | None = None
     ) -> None:
         self.home, self.address = folder / "coordinator", f"127.0.0.1:{free_port()}"
         admin.init(self.home, self.address, listen=self.address)

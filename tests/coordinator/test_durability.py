@@ -30,7 +30,7 @@ async def test_two_silos_gone_is_an_abort_that_says_who_and_what_to_do_and_then_
         silos[0].hook = silos[3].hook = vanish
         for silo in silos:
             silo.start()
-        study = admin.start_study(federation.home, federation.plan(deadline=1.5))
+        study = admin.start_study(federation.home, federation.plan(deadline=3.0))
         status = await federation.until(
             lambda: (found := federation.study(study)).phase == "aborting" and found.error and found
         )
@@ -65,7 +65,7 @@ async def test_too_few_adverts_abandon_the_session_and_it_waits_for_silos_to_ret
         silos[1].hook = silos[2].hook = vanish
         for silo in silos:
             silo.start()
-        study = admin.start_study(federation.home, federation.plan(deadline=1.5))
+        study = admin.start_study(federation.home, federation.plan(deadline=3.0))
         status = await federation.until(lambda: (s := federation.study(study)).error and s)
         assert "2 of 4 silos advertised" in status.error
         assert "missing: site-2, site-3" in status.error

@@ -25,7 +25,7 @@ class Pair(Served):
     """Two coordinators of one folder; silos reach, through the proxy, whom it points to."""
 
     async def start(self) -> None:
-        config = Home(self.home).config().model_copy(update={"takeover_after": 2.0})
+        config = Home(self.home).config().model_copy(update={"takeover_after": 6.0})
         (self.home / "coordinator.toml").write_text(config_text(config))
         self.listen = [f"127.0.0.1:{free_port()}" for _ in range(2)]
         self.pair = [self.launch(0)]

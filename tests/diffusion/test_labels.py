@@ -100,12 +100,12 @@ def test_the_null_class_and_guidance_zero_are_the_unconditional_model(
     trained: nn.Module, common: dict[str, Any]
 ) -> None:
     null = np.full(40, 2)
-    anything = sample(trained, 40, labels=null, sampler=SAMPLER, seed=3, **common)
+    anything = sample(trained, 40, labels=null, sampler=SAMPLER, seed=5, **common)
     left = anything[..., :4].mean(axis=(1, 2, 3)) > 128
     assert 5 < left.sum() < 35  # both kinds come
     ones = np.ones(40, dtype=np.int64)
     free = SamplerSpec(steps=10, guidance=0.0)
-    unguided = sample(trained, 40, labels=ones, sampler=free, seed=3, **common)
+    unguided = sample(trained, 40, labels=ones, sampler=free, seed=5, **common)
     assert np.abs(unguided.astype(int) - anything).max() <= 1
 
 

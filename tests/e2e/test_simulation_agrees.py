@@ -120,6 +120,9 @@ def run_service(out: Path, parts: dict[str, np.ndarray], text: str) -> Served:
         assert status.state == "finished", status.error
         model = to_vector(load_pipeline(status.folder / "model").unet)
         homes = {name: federation.silo_home(name) / "studies" / study for name in parts}
+        while not all((home / "ended.json").exists() for home in homes.values()):
+            assert time.monotonic() < deadline, "a silo has not heard of the end"
+            time.sleep(0.1)
         secrets = {name: (home / "seed").read_bytes() for name, home in homes.items()}
         home = Home(federation.coordinator_home)
         store = Store(home.database(home.config()))

@@ -32,10 +32,14 @@ NAMES = ("east", "north", "south", "west")
 _IDLE = """
 import asyncio, sys
 from pathlib import Path
+from silo.admin import status
 from silo.agent import Agent, run
 async def main():
     running = asyncio.create_task(run(Path(sys.argv[1])))
-    await asyncio.sleep(2.5)
+    while not status(Path(sys.argv[1])).get("last_contact"):
+        assert not running.done()
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1.0)
     heavy = [m for m in ("torch", "diffusers", "triton", "scipy") if m in sys.modules]
     print(heavy, running.done(), flush=True)
     running.cancel()

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,10 @@ def sockets_of(process: int) -> list[tuple[str, str]]:
     """(state, remote address) of every TCP socket of a process."""
     own = set()
     for descriptor in Path(f"/proc/{process}/fd").iterdir():
-        target = os.readlink(descriptor)
-        if target.startswith("socket:["):
-            own.add(target[8:-1])
+        with suppress(FileNotFoundError):  # closed since it was listed
+            target = os.readlink(descriptor)
+            if target.startswith("socket:["):
+                own.add(target[8:-1])
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
