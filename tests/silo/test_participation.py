@@ -24,17 +24,19 @@ from secagg.roster import Roster
 from secagg.silo import SiloParty
 from silo import admin, participation
 from silo.config import Data, Policy, SiloConfig, Site
-from silo.errors import DataError
+from silo.errors import DataError, ProposalRefused
 from silo.files import read_json, write_json
 from silo.heads import Heads
 from silo.home import SiloHome
 from silo.ledger import LedgerFile
+from silo.model_size import parameter_count
 from silo.offers import Terms, keep_offer, pin
 from silo.participation import Participation, Tools
 from silo.status import Status
 from study.plan import Plan
 from study.quantity import (
     CensusWork,
+    RoundWork,
     TagsWork,
     count_encoding,
     encode_work,
@@ -55,6 +57,8 @@ class ScriptedClient:
         self.submitted: list[pb.SubmitRequest] = []
         self.refusals: list[tuple[int, str]] = []
         self.left: list[str] = []
+        self.lie = ""
+        self.dripping = False
         self.idle = asyncio.Event()
 
     async def next_task(self, study: str, settled: int, wait: int, epoch: int) -> pb.Task:
@@ -68,6 +72,13 @@ class ScriptedClient:
 
     async def leave_study(self, study: str, reason: str) -> None:
         self.left.append(reason)
+
+    async def download(self, *_: object, at_most: int) -> None:
+        """Drips for ever, or turns out to be `lie`."""
+        if self.lie:
+            raise ProposalRefused(self.lie)
+        self.dripping = True
+        await asyncio.sleep(60)
 
     async def submit(self, request: pb.SubmitRequest) -> None:
         self.submitted.append(request)
@@ -189,12 +200,8 @@ async def test_work_for_a_session_that_is_over_is_dropped(tmp_path: Path) -> Non
     assert client.refusals == []
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-async def test_a_site_that_no_longer_lets_the_others_have_its_images_offers_none(
-    tmp_path: Path, allowed: bool
-) -> None:
-    """Its policy was changed after it had accepted the study."""
-    plan = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+def count_in(tmp_path: Path, plan: Plan) -> None:
+    """Session 1 was the census, with this site in its sum."""
     ledger = LedgerFile(SiloHome(tmp_path).study("trial").ledger, "trial")
     census = session_context(ROSTER, plan.digest(), 16, CensusWork(), session=1, round=1)
     for entry in (
@@ -204,6 +211,33 @@ async def test_a_site_that_no_longer_lets_the_others_have_its_images_offers_none
     ):
         ledger.append(entry)
     ledger.close()
+
+
+@pytest.mark.parametrize("lies", [False, True])
+async def test_a_download_ends_with_its_session_and_a_false_one_is_told(
+    tmp_path: Path, lies: bool
+) -> None:
+    count_in(tmp_path, PLAN)
+    sizes, model = (parameter_count(PLAN.model),), b"m" * 32
+    work = RoundWork(total_count=100, sizes=sizes, clips=PLAN.first_clips(1))
+    context = session_context(ROSTER, PLAN.digest(), 16, work, session=2, round=1, model=model)
+    message = pb.Open(context=context.encode(), work=encode_work(work), artifacts=[model])
+    client = ScriptedClient(pb.Task(study="trial", session=2, open=message))
+    client.standing = pb.Task(study="trial", idle=pb.Idle())
+    client.lie = "artifact 6d6d arrived with another hash" if lies else ""
+    await take_part(tmp_path, client, Vectors(tmp_path))
+    assert client.submitted == []
+    assert client.refusals == ([(2, client.lie)] if lies else [])
+    assert client.dripping is not lies, "it was given up, not waited for"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_a_site_that_no_longer_lets_the_others_have_its_images_offers_none(
+    tmp_path: Path, allowed: bool
+) -> None:
+    """Its policy was changed after it had accepted the study."""
+    plan = make_plan('kind = "fedddpm"', 'kind = "fedddpm"\nauxiliary_share = 0.5')
+    count_in(tmp_path, plan)
     work = TagsWork(total_count=100, images=24, slots=192)
     context = session_context(ROSTER, plan.digest(), 16, work, session=2, round=1)
     message = pb.Open(context=context.encode(), work=encode_work(work))
