@@ -212,7 +212,8 @@ def _execute(order: Order[R], progress: Path) -> R:
                 "memory_mib in site.toml, or leave studies with such a model and batch size alone"
             ) from error
         name = type(order).__name__
-        raise WorkFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise WorkFailed(f"{name} failed: {why}{_memory_hint()}") from error
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -222,6 +223,15 @@ def _lacks_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or (limited and isinstance(error, SystemError)):
         return True
     return any(part in str(error) for part in _NO_MEMORY)
+
+
+def _memory_hint() -> str:
+    """For every other failure under a limit: a library may swallow the MemoryError and fail later
+    (linecache then has no source, and triton refuses a kernel that is "not in a file")."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f"; it may allocate {limit >> 20} MiB (memory_mib in site.toml): is that enough?"
 
 
 class ProgressFile:

@@ -22,7 +22,7 @@ from silo.data.dataset import open_dataset
 from silo.errors import WorkFailed
 from silo.hours import Hours
 from silo.orders import Machine, TrainLocal
-from silo.worker import Progress, ProgressFile, Worker
+from silo.worker import Progress, ProgressFile, Worker, _execute
 from study.plan import load_plan
 from tests.silo.studies import PLAN
 from tests.silo.test_worker import cache_order, child_of
@@ -150,7 +150,8 @@ async def test_outside_the_hours_no_process_is_even_started(tmp_path: Path) -> N
 async def test_the_worker_gives_way_and_keeps_to_its_memory(tmp_path: Path) -> None:
     worker = Worker(Resources(device="cpu", threads=1, niceness=7, memory_mib=256))
     await worker.run(cache_order(tmp_path), tmp_path / "progress", lambda _: None)
-    assert os.getpriority(os.PRIO_PROCESS, child_of(worker)) == 7
+    ours = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    assert os.getpriority(os.PRIO_PROCESS, child_of(worker)) == min(ours + 7, 19)
     order = training(tmp_path / "large", steps=1)
     order = replace(
         order, plan=order.plan.replace("[8]", "[512]").replace("size = 8\n", "size = 4096\n")
@@ -158,6 +159,20 @@ async def test_the_worker_gives_way_and_keeps_to_its_memory(tmp_path: Path) -> N
     with pytest.raises(WorkFailed, match="memory_mib"):
         await worker.run(order, tmp_path / "progress", lambda _: None)
     worker.kill()
+
+
+def test_under_a_limit_any_failure_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries swallow a MemoryError and fail later with an error that names something else."""
+
+    def fail(order: object, progress: object) -> None:
+        raise ValueError("@jit functions should be defined in a Python file")
+
+    monkeypatch.setattr("silo.jobs.execute", fail)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (256 << 20, 256 << 20))
+    with pytest.raises(WorkFailed, match=r"Python file; it may allocate 256 MiB \(memory_mib"):
+        _execute(cache_order(tmp_path), tmp_path / "progress")
 
 
 @pytest.mark.slow
