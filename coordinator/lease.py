@@ -25,8 +25,11 @@ class Lease:
     holder: str
 
 
-def look(c: Connection) -> Lease:
-    row = c.execute(select(lease)).one()
+def look(c: Connection, *, settled: bool = False) -> Lease:
+    """The row as it was last committed; `settled`: once no transaction that changed it is under
+    way any more (PostgreSQL; SQLite lets nobody else in anyway)."""
+    query = select(lease).with_for_update() if settled else select(lease)
+    row = c.execute(query).one()
     return Lease(row.epoch, row.beat, row.holder)
 
 

@@ -129,7 +129,8 @@ class Store:
     def _find_out(self, error: DBAPIError) -> None:
         """The connection broke while a commit was under way: returns where it has happened.
 
-        Who holds the lease counts its transactions in it, so the count tells.
+        Who holds the lease counts its transactions in it, so the count tells; but only when the
+        server has done with the commit, which may go on without its client.
         """
         if self._epoch is None:
             raise StoreError(
@@ -139,7 +140,7 @@ class Store:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 with self._engine.connect() as connection:
-                    found = lease.look(connection)
+                    found = lease.look(connection, settled=True)
                 break
             except OperationalError:
                 if attempt == _ATTEMPTS:

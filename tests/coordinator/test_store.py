@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, insert, select, text, update
+from sqlalchemy.engine import make_url
 
 from coordinator import lease, migrations, records, registry, schema
 from coordinator.audit import verified
@@ -260,9 +261,18 @@ class CutAtCommit(Proxy):
         return data
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before-it-arrived", "after-it-arrived"])
+# At the commit of every entry: it outlives the connection that asked for it.
+SLOW_COMMIT = (
+    "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS"
+    " 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END'",
+    "CREATE CONSTRAINT TRIGGER dawdle AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED"
+    " FOR EACH ROW EXECUTE FUNCTION dawdle()",
+)
+
+
+@pytest.mark.parametrize("cut", ["before-it-arrived", "after-it-arrived", "while-under-way"])
 async def test_a_commit_whose_answer_is_lost_happens_exactly_once(
-    postgres_server: postgres.Server, after: bool
+    postgres_server: postgres.Server, cut: str
 ) -> None:
     proxy = CutAtCommit(f"127.0.0.1:{postgres_server.port}")
     await proxy.start()
@@ -270,7 +280,13 @@ async def test_a_commit_whose_answer_is_lost_happens_exactly_once(
     store = await asyncio.to_thread(Store, url)
     await asyncio.to_thread(lead, store, [])
     await store.do(note, "first")
-    proxy.armed, proxy.after = True, after
+    if cut == "while-under-way":
+        engine = create_engine(make_url(url).set(port=postgres_server.port))
+        with engine.begin() as c:
+            for statement in SLOW_COMMIT:
+                c.execute(text(statement))
+        engine.dispose()
+    proxy.armed, proxy.after = True, cut != "before-it-arrived"
     await store.do(note, "second")
     assert proxy.cuts == 1
     await store.do(note, "third")
