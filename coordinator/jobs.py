@@ -174,6 +174,13 @@ def frechet_distance(
     return _fid(drawn, total, work, silos, summed)
 
 
+def images_distance(
+    parts: list[Path], total: Path, work: dict[str, Any], silos: int, summed: int
+) -> float:
+    """FID of images (.npy, uint8 [n, c, h, w]; all parts together) as `frechet_distance` has it."""
+    return _fid(np.concatenate([np.load(part) for part in parts]), total, work, silos, summed)
+
+
 def judged_distances(
     machine: Machine,
     plan_text: str,

@@ -104,8 +104,10 @@ def _facts(report: Json) -> str:
     ]
     if fids:
         facts.append((_number(fids[-1]), f"FID ({escape(_network(rounds))} features)"))
-    if report["auxiliary"]:
-        facts.append((_number(report["auxiliary"]["images"]), "synthetic images in the union"))
+    if union := report["auxiliary"]:
+        facts.append((_number(union["images"]), "synthetic images in the union"))
+        if "fid" in union:
+            facts.append((_number(union["fid"]), "FID of these images"))
         facts.append((str(report["corrections"]), "corrections"))
     cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)
     return f'<div class="facts">{cells}</div>'
@@ -271,7 +273,7 @@ def _files(report: Json) -> str:
         ("model/", "the model; <code>diffusers.DDPMPipeline.from_pretrained</code> loads it"),
         ("samples.png", "samples of it"),
         ("grids/", "a grid of samples per round"),
-        ("metrics.jsonl", "every round, decision, correction and evaluation, one a line"),
+        ("metrics.jsonl", "auxiliary set, rounds, decisions, corrections, evaluations: one a line"),
         ("report.json", "all that this page shows"),
     ]
     body = "".join(

@@ -50,6 +50,8 @@ class Report:
             _replacing(self._folder / "metrics.jsonl") as metrics,
             _replacing(self._folder / "report.json") as file,
         ):
+            if report["auxiliary"]:
+                _write_event(metrics, {"event": "auxiliary", **report["auxiliary"]})
             file.write(json.dumps(report, indent=2, ensure_ascii=False)[:-2] + ',\n  "rounds": [')
             for first in range(1, done + 1, _AT_ONCE):
                 last = min(first + _AT_ONCE - 1, done)
@@ -75,9 +77,13 @@ def _write_rounds(metrics: TextIO, report: TextIO, rounds: list[Json]) -> None:
     """Append some rounds to both files; the first of all is not preceded by a comma."""
     for line in rounds:
         for event in _metrics(line):
-            metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
+            _write_event(metrics, event)
         text = json.dumps(line, indent=2, ensure_ascii=False).replace("\n", "\n    ")
         report.write(("\n    " if line["round"] == 1 else ",\n    ") + text)
+
+
+def _write_event(metrics: TextIO, event: Json) -> None:
+    metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
 
 
 def _head(live: LiveStudy, row: records.StudyRow) -> Json:
@@ -114,12 +120,14 @@ _OUTPUTS = {
 
 def _before_rounds(results: Json) -> Json:
     union, moments = (results.get(k, {}) for k in ("auxiliary", "moments"))
+    distance = results.get("auxiliary distance", {})
     counted = [v for k, v in results.items() if k == "census" or k.startswith("census of epoch ")]
     census = counted[-1] if counted else {}
-    of_union = ("images", "held_out_images", "labels")
+    of_union = ("images", "held_out_images", "labels", "fid", "network", "network_sha256")
+    auxiliary = {**union, **distance}
     return {
         "images": census.get("count"),
-        "auxiliary": {key: union[key] for key in of_union if key in union},
+        "auxiliary": {key: auxiliary[key] for key in of_union if key in auxiliary},
         "features_of": moments.get("silos", []),
     }
 

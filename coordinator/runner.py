@@ -77,6 +77,9 @@ class Runner(Rounds):
         self._members = [self._live.roster.index_of(name) for name in census["silos"]]
         await self.once("moments", self._moments)
         auxiliary = await self.once("auxiliary", self._auxiliary)
+        if auxiliary and self._plan.evaluation is not None:
+            await self.once("auxiliary distance", lambda: self._auxiliary_distance(auxiliary))
+            await self._report.write()
         model = await self.once("first model", self._first_model)
         for number in range(1, self._plan.rounds.count + 1):
             model = await self._round(number, model, census["count"], auxiliary)
@@ -197,6 +200,22 @@ class Runner(Rounds):
             self._tools, self._summing, self._live, self._members, census["count"], self.once
         )
         return union
+
+    async def _auxiliary_distance(self, auxiliary: Json) -> Json:
+        """FID of the auxiliary set, before a round is spent on it: people may want another one, or
+        none to be shared, where it is no better than what they expect of the model."""
+        moments, path = await self._result("moments"), self._tools.artifacts.path
+        fid = await self._worker.run(
+            jobs.images_distance,
+            [path(bytes.fromhex(auxiliary[part])) for part in ("held_out", "training")],
+            path(bytes.fromhex(moments["sum"])),
+            moments["work"],
+            moments["roster_size"],
+            len(moments["silos"]),
+        )
+        network, sha256 = (moments["work"][key] for key in ("network", "sha256"))
+        log.info("study.auxiliary", study=self._live.id, images=auxiliary["images"], fid=fid)
+        return {"fid": fid, "network": network, "network_sha256": sha256}
 
     async def _first_model(self) -> Json:
         await self._stage("first model")

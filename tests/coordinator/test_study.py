@@ -223,10 +223,13 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
         assert "fid" not in first
         assert second["fid"] > 0
         assert report["auxiliary"]["images"] == len(union)
-        kinds = [
-            json.loads(line)["event"]
+        assert report["auxiliary"]["network_sha256"] == second["network_sha256"]
+        events = [
+            json.loads(line)
             for line in (federation.study(study).folder / "metrics.jsonl").read_text().splitlines()
         ]
+        assert events[0] == {"event": "auxiliary", **report["auxiliary"]}
+        kinds = [event["event"] for event in events[1:]]
         assert kinds == ["round", "decision", "round", "decision", "correction", "evaluation"]
 
 
