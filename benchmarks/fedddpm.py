@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from benchmarks.fedddpm_pictures import draw_finals, draw_rounds, draw_sizes
 from benchmarks.fedddpm_tables import (
     PLUS,
+    SLOW,
     UNCORRECTED,
     Json,
     Runs,
@@ -35,12 +37,14 @@ from benchmarks.fedddpm_tables import (
     table,
     trigger_table,
 )
-from concilium.simulate.spec import load_sweep
+from benchmarks.measure import machine
+from concilium.simulate.spec import Point, load_sweep
 from concilium.simulate.sweep import identity_of, run_points
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fedddpm"
 DOCS = HERE.parent / "docs"
+SEARCHED = {"digits": "digits-baselines", "fashion-mnist": "fashion-baselines"}
 
 
 def run(name: str, work: Path, seeds: list[int], only: list[str], limit: int | None) -> None:
@@ -61,7 +65,7 @@ def run(name: str, work: Path, seeds: list[int], only: list[str], limit: int | N
         if (seeds and point.seed not in seeds) or (only and point.name not in only):
             continue
         path = folder / f"{point.label}.json"
-        if path.exists() and json.loads(path.read_text("utf-8"))["identity"] == identity_of(point):
+        if path.exists() and _is_of(json.loads(path.read_text("utf-8")), point):
             continue
         for _ in run_points([point], work / name, told):
             lines = (work / name / point.label / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -69,22 +73,46 @@ def run(name: str, work: Path, seeds: list[int], only: list[str], limit: int | N
                 "run": point.name,
                 "seed": point.seed,
                 "identity": identity_of(point),
-                "torch": torch.__version__,
+                "plan": point.plan.model_dump(mode="json"),
+                "commit": _commit(),
+                "machine": machine(),
                 "events": [json.loads(line) for line in lines],
             }
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
         done += 1
 
 
+def _is_of(made: Json, point: Point) -> bool:
+    """Whether a run is of this point still. A default that was changed since makes it another one;
+    an option that did not exist then does not."""
+    now = point.plan.model_dump(mode="json")
+    return bool(made["identity"] == identity_of(point)) and _agree(made.get("plan", {}), now)
+
+
+def _agree(then: Any, now: Any) -> bool:
+    if isinstance(then, dict) and isinstance(now, dict):
+        return all(key in now and _agree(value, now[key]) for key, value in then.items())
+    return bool(then == now)
+
+
+def _commit() -> str:
+    """What the program was, "+" where files were changed since; "" outside a clone."""
+    command = ("git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*")
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(name: str) -> None:
     """The tables, the ratios and the picture of the runs that are there."""
     runs = _runs(name)
     folder = RESULTS / name
-    parts = [table(runs), ratios_table(ratios(runs)), trigger_table(runs.get(UNCORRECTED, []))]
+    # The usual strategies compete with the best constants that were found for them.
+    competing = {**runs, **(_runs(SEARCHED[name]) if name in SEARCHED else {})}
+    parts = [table(runs), ratios_table(competing), trigger_table(runs.get(UNCORRECTED, []))]
     shown = "\n".join(part for part in parts if part)
     (folder / "table.md").write_text(shown, "utf-8")
     (folder / "rounds.md").write_text(rounds_table(runs), "utf-8")
-    (folder / "ratios.json").write_text(json.dumps(ratios(runs), indent=2) + "\n", "utf-8")
+    found = {plus: ratios(competing, plus) for plus in (PLUS, SLOW) if plus in runs}
+    (folder / "ratios.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     draw = draw_rounds if PLUS in runs else draw_sizes if "auxiliary" in name else draw_finals
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
     _include(name, shown)

@@ -6,28 +6,43 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.fedddpm_tables import METRICS, PAPER, PLUS, SLOW, Runs, evaluations, finals
+from benchmarks.fedddpm_tables import (
+    METRICS,
+    PAPER,
+    PLUS,
+    SLOW,
+    Runs,
+    auxiliary_sets,
+    evaluations,
+    finals,
+)
 
-SHOWN = ("fedavg", "scaffold", "fedadam", PAPER, PLUS, SLOW, "central", "auxiliary")
+_USUAL = ("fedavg", "scaffold", "fedadam")
+_CONTROLS = ("fedavg-double", "central", "auxiliary", "auxiliary-3x")
+SHOWN = (*_USUAL, PAPER, PLUS, SLOW, *_CONTROLS)
 
 
 def draw_rounds(runs: Runs, path: Path) -> None:
-    """FID, KID and coverage by round: the mean over the seeds, and their range as a band."""
-    shown = [name for name in SHOWN if name in runs]
-    rounds = [event["round"] for event in evaluations(runs[PLUS][0])]
-    figure, axes = _figure(len(METRICS), (13.5, 4.2))
+    """What `METRICS` names, by the share of a run's rounds that are done: the mean over the seeds,
+    and their range as a band. Controls are dashed; dotted: the auxiliary set itself."""
+    figure, axes = _figure(len(METRICS), (11.0, 8.4), rows=2)
     for plot, (key, title, scale, _) in zip(axes, METRICS, strict=True):
-        for name in shown:
+        for name in (name for name in SHOWN if name in runs):
             curves = [evaluations(run) for run in runs[name]]
             columns = list(zip(*curves, strict=True))
+            done = [column[0]["round"] / curves[0][-1]["round"] for column in columns]
             values = [[event[key] * scale for event in column] for column in columns]
-            (line,) = plot.plot(rounds, [mean(v) for v in values], marker="o", ms=3, label=name)
+            style = "--" if name in _CONTROLS else "-"
+            (line,) = plot.plot(done, [mean(v) for v in values], f"o{style}", ms=3, label=name)
             low, high = [min(v) for v in values], [max(v) for v in values]
-            plot.fill_between(rounds, low, high, alpha=0.12, color=line.get_color())
-        plot.set(xlabel="round", ylabel=title, xticks=rounds)
-        if key != "coverage":
+            plot.fill_between(done, low, high, alpha=0.1, color=line.get_color())
+        if sets := auxiliary_sets(runs[PLUS]):
+            level = mean(event[key] * scale for event in sets)
+            plot.axhline(level, color="black", ls=":", label="the auxiliary set")
+        plot.set(xlabel="share of the rounds", ylabel=title, xlim=(0, 1.02))
+        if key in ("fid", "kid"):
             _logarithmic(plot)
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     _save(figure, path)
 
 
@@ -78,17 +93,17 @@ def _last(name: str) -> str:
     return name.rpartition("-")[2]
 
 
-def _figure(plots: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure, and its plots side by side in an array."""
+def _figure(plots: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure, and its plots in reading order."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, plots, figsize=size, dpi=110, squeeze=False)
-    for plot in axes[0]:
+    figure, axes = pyplot.subplots(rows, plots // rows, figsize=size, dpi=110, squeeze=False)
+    for plot in axes.flat:
         plot.grid(alpha=0.3, which="both")
-    return figure, axes[0]
+    return figure, list(axes.flat)
 
 
 def _logarithmic(plot: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from study.strategies import FedDDPMPlus, RoundRecord
 
 BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
+"""The usual strategies; a run that is named fedadam-0-03, say, is one with another constant."""
+
 PLUS, PAPER = "fedddpm-plus", "fedddpm"
 UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
 SLOW = "fedddpm-plus-slow"  # corrected when learning is slow, and at the end; nothing is shared
@@ -20,7 +23,20 @@ Runs = dict[str, list[Json]]
 
 def evaluations(run: Json) -> list[Json]:
     """The evaluations of a run, by round."""
-    return [event for event in run["events"] if event["event"] == "evaluation"]
+    return _measured(run, "evaluation")
+
+
+def auxiliary_sets(runs: list[Json]) -> list[Json]:
+    """What was measured of the auxiliary set itself, by seed."""
+    return [event for run in runs for event in _measured(run, "auxiliary")]
+
+
+def _measured(run: Json, kind: str) -> list[Json]:
+    return [
+        {**event, "worst": min(event["coverage_by_silo"])}
+        for event in run["events"]
+        if event["event"] == kind
+    ]
 
 
 def finals(runs: list[Json], key: str) -> list[float]:
@@ -33,14 +49,15 @@ def _finals(runs: list[Json]) -> list[Json]:
 
 
 def table(runs: Runs) -> str:
-    """Final FID, KID and coverage of every run: mean ± standard deviation over the seeds; beside
-    them those of the auxiliary set itself, in a row where all runs have the same, else in a column
-    (its images and its FID)."""
-    head = "| run | seeds | local steps | correction steps | FID | KID · 10³ | coverage |"
-    sets = {name: _auxiliary_sets(some) for name, some in runs.items()}
+    """What `METRICS` names of every run, in the end: mean ± standard deviation over the seeds;
+    beside it that of the auxiliary set itself, in a row where all runs have the same, else in a
+    column (its images and its FID)."""
+    titles = " | ".join(title for _, title, _, _ in METRICS)
+    head = f"| run | seeds | local steps | correction steps | {titles} |"
+    sets = {name: auxiliary_sets(some) for name, some in runs.items()}
     # By their size: one that was made again on another processor differs by rounding alone.
     differ = len({some[0]["images"] for some in sets.values() if some}) > 1
-    lines = [head + (" its auxiliary set |" if differ else "")]
+    lines = [head + (" its auxiliary set: images, FID |" if differ else "")]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     if not differ and (most := max(sets.values(), key=len)):
         lines.append(f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most))} |")
@@ -52,11 +69,6 @@ def table(runs: Runs) -> str:
             row.append(_described(sets[name]))
         lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
-
-
-def _auxiliary_sets(runs: list[Json]) -> list[Json]:
-    """What was measured of the auxiliary set itself, by seed."""
-    return [event for run in runs for event in run["events"] if event["event"] == "auxiliary"]
 
 
 def _described(sets: list[Json]) -> str:
@@ -71,7 +83,7 @@ def _cells(measured: list[Json]) -> list[str]:
 
 
 def rounds_table(runs: Runs) -> str:
-    """FID, KID and coverage by round: a table each, mean ± standard deviation over the seeds.
+    """What `METRICS` names, by round: a table each, mean ± standard deviation over the seeds.
 
     Runs differ in their number of rounds; what stands in one column has done the same share of it.
     """
@@ -94,8 +106,14 @@ def rounds_table(runs: Runs) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-METRICS = (("fid", "FID", 1.0, 3), ("kid", "KID · 10³", 1e3, 2), ("coverage", "coverage", 1.0, 3))
-"""Key, title, factor and digits of what an evaluation is shown by."""
+METRICS = (
+    ("fid", "FID", 1.0, 3),
+    ("kid", "KID · 10³", 1e3, 2),
+    ("coverage", "coverage", 1.0, 3),
+    ("worst", "worst silo's coverage", 1.0, 3),
+)
+"""Key, title, factor and digits of what an evaluation is shown by. The last is the coverage of the
+images of that silo whose images are covered least."""
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -104,11 +122,12 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def ratios(runs: Runs) -> Json:
-    """The aims, each as a ratio of means over the seeds that both of its runs have; absent where a
-    run is missing. The best baseline is the best of those that have as many seeds as any."""
+def ratios(runs: Runs, plus: str = PLUS) -> Json:
+    """The aims for the run `plus`, each as a ratio of means over the seeds that both of its runs
+    have; absent where a run is missing. The best baseline is the best of those that have as many
+    seeds as any, with whatever constant."""
     found: Json = {}
-    if PLUS not in runs:
+    if plus not in runs:
         return found
 
     def paired(name: str, other: str) -> tuple[list[Json], list[Json]] | None:
@@ -122,27 +141,37 @@ def ratios(runs: Runs) -> Json:
         pair = paired(name, other)
         return mean(finals(pair[0], "fid")) / mean(finals(pair[1], "fid")) if pair else None
 
-    most = max((len(runs[name]) for name in BASELINES if name in runs), default=0)
-    there = [name for name in BASELINES if name in runs and len(runs[name]) == most]
-    best = min(there, key=lambda name: mean(finals(runs[name], "fid")), default="")
-    if pair := paired(PLUS, best):
+    best = _best_baseline(runs)
+    if pair := paired(plus, best):
         found["best_baseline"] = best
-        found["fid_vs_best_baseline"] = of_fids(PLUS, best)
+        found["fid_vs_best_baseline"] = of_fids(plus, best)
         found["difference_over_spread"] = _separation(
             finals(pair[1], "fid"), finals(pair[0], "fid")
         )
-    if pair := paired(PLUS, PAPER):
+    if pair := paired(plus, PAPER):
         steps = [mean(finals(some, "correction_steps")) for some in pair]
-        found["plus_fid_vs_fedddpm"] = of_fids(PLUS, PAPER)
+        found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER)
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
-    if pair := paired(PLUS, "fedavg"):
-        found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(finals(pair[1], "fid")))
-    for name in ("fedavg", SLOW):
-        found[f"secure_vs_float_{name}"] = of_fids(f"{name}-secure", name)
+    if pair := paired(plus, "fedavg"):
+        fids = finals(pair[1], "fid")
+        found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(fids))
+        found["rounds_to_fedavg_fid_by_seed"] = [
+            _rounds_to([run], fid) for run, fid in zip(pair[0], fids, strict=True)
+        ]
+    found["secure_vs_float"] = of_fids(f"{plus}-secure", plus)
+    found["secure_vs_float_fedavg"] = of_fids("fedavg-secure", "fedavg")
     for control in ("fedavg-end", "auxiliary", "auxiliary-3x", "fedavg-double", "central"):
-        found[f"fid_vs_{control}"] = of_fids(PLUS, control)
+        found[f"fid_vs_{control}"] = of_fids(plus, control)
     shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
     return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
+
+
+def _best_baseline(runs: Runs) -> str:
+    kinds = {name: re.sub(r"-0-\d+$", "", name) for name in runs}
+    there = {name: some for name, some in runs.items() if kinds[name] in BASELINES}
+    most = max((len(some) for some in there.values()), default=0)
+    means = {n: mean(finals(some, "fid")) for n, some in there.items() if len(some) == most}
+    return min(means, key=lambda name: means[name], default="")
 
 
 def _separation(others: list[float], plus: list[float]) -> float | None:
@@ -150,7 +179,7 @@ def _separation(others: list[float], plus: list[float]) -> float | None:
     if min(len(others), len(plus)) < 2:
         return None
     spread = ((stdev(others) ** 2 + stdev(plus) ** 2) / 2) ** 0.5
-    return (mean(others) - mean(plus)) / spread
+    return (mean(others) - mean(plus)) / spread if spread else None
 
 
 def _rounds_to(runs: list[Json], target: float) -> float | None:
@@ -171,18 +200,28 @@ _AIMS = {
 }
 
 
-def ratios_table(found: Json) -> str:
-    """The ratios with their aims."""
-    if not found:
+def ratios_table(runs: Runs) -> str:
+    """The ratios of the default with their aims, and those of the recipe that shares nothing."""
+    found = {name: ratios(runs, name) for name in (PLUS, SLOW)}
+    if not found[PLUS]:
         return ""
-    lines = ["", "| ratio | measured | aim |", "|---|--:|--:|"]
-    for name, value in found.items():
+    names = dict.fromkeys(name for some in found.values() for name in some)
+    beside = f" {SLOW} |" if found[SLOW] else ""
+    lines = ["", f"| ratio | {PLUS} |{beside} aim |", "|---|--:|--:|" + "--:|" * bool(beside)]
+    for name in names:
+        cells = [_ratio(name, found[plus].get(name)) for plus in found if found[plus]]
         aim = f"≤ {_AIMS[name]:.2f}" if name in _AIMS else ""
-        shown = "–" if value is None else f"{value:.3f}" if isinstance(value, float) else value
-        if name in _AIMS and isinstance(value, float) and round(value, 3) > round(_AIMS[name], 3):
-            shown = f"**{shown}** (missed)"
-        lines.append(f"| `{name}` | {shown} | {aim} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {aim} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_ratio(name, one) for one in value)
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    missed = name in _AIMS and round(value, 3) > round(_AIMS[name], 3)
+    return f"**{value:.3f}** (missed)" if missed else f"{value:.3f}"
 
 
 def trigger_table(runs: list[Json]) -> str:

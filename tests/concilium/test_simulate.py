@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import fedddpm_tables as tables
 from concilium.datasets import digits
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
@@ -148,26 +147,6 @@ def test_every_decision_is_told_with_its_numbers(table: dict[str, list[dict[str,
     assert table["fedddpm-3"][-1]["correction_steps"] == 4
 
 
-def test_the_benchmark_s_table_and_ratios_are_those_of_the_runs(
-    table: dict[str, list[dict[str, Any]]],
-) -> None:
-    names = {"plus": tables.PLUS}
-    runs = {names.get(name, name): [{"seed": 3, "events": table[f"{name}-3"]}] for name in ALL}
-    rows = tables.table(runs).splitlines()
-    assert len(rows) == 2 + 1 + len(ALL), "a head, the auxiliary set itself, one row for each run"
-    fid = {name: lines[-1]["fid"] for name, lines in table.items()}
-    assert f"{fid['fedavg-3']:.3f}" in next(row for row in rows if row.startswith("| fedavg "))
-    found = tables.ratios(runs)
-    best = min(fid[f"{name}-3"] for name in tables.BASELINES)
-    assert found["fid_vs_best_baseline"] == pytest.approx(fid["plus-3"] / best)
-    assert found["plus_steps_vs_fedddpm"] == 3 / 4
-    assert "`fid_vs_best_baseline`" in tables.ratios_table(found)
-    by_round = tables.rounds_table(runs).splitlines()
-    assert len(by_round) == 3 * (4 + len(ALL)) + 2, "FID, KID and coverage of every run"
-    first, last = (line["fid"] for line in table["fedavg-3"] if line["event"] == "evaluation")
-    assert f"| fedavg | 2 | {first:.3f} | {last:.3f} |" in by_round
-
-
 def test_a_correction_that_does_harm_is_taken_back(tmp_path: Path) -> None:
     harmful = PLUS.replace("}", ", correction_learning_rate = 1.0}")
     runs = {"plus": harmful, "fedavg": ""}
@@ -177,19 +156,6 @@ def test_a_correction_that_does_harm_is_taken_back(tmp_path: Path) -> None:
     assert last["kept"] is False
     ends = {name: events[-1]["model"] for name, events in lines.items()}
     assert ends["plus-3"] == ends["fedavg-3"], "and nothing else differs"
-
-
-def test_the_first_correction_is_read_off_a_run_without_any() -> None:
-    losses = [1.0, 0.5, 0.38, 0.37, 0.365]
-    events = []
-    for number, loss in enumerate(losses, 1):
-        events.append({"event": "round", "round": number, "loss": 1.0 / number})
-        events.append({"event": "decision", "round": number, "loss": loss})
-    rows = tables.trigger_table([{"events": events}]).splitlines()
-    cells = {row.split("|")[1].strip() + row.split("|")[2].strip(): row for row in rows[3:]}
-    # W = 1: improvements of 50, 24, 2.6 and 1.4 % in rounds 2 to 5, against τ = 2, 5, 10 and 20 %.
-    assert [cell.strip() for cell in cells["auxiliary1"].split("|")[3:-1]] == ["5", "4", "4", "4"]
-    assert [cell.strip() for cell in cells["silos1"].split("|")[3:-1]] == ["–", "–", "–", "5"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(

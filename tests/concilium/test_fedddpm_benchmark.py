@@ -1,0 +1,145 @@
+"""`benchmarks.fedddpm`: what it runs, what it takes for done, and what its tables say of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import fedddpm
+from benchmarks import fedddpm_tables as tables
+from tests.concilium.test_simulate import PLUS, RUN, STUDY
+
+
+def made(seed: int, *fids: float, steps: int = 0, set_fid: float | None = None) -> dict[str, Any]:
+    """A run that was evaluated in every tenth round."""
+    events: list[dict[str, Any]] = []
+    covered = {"kid": 0.002, "coverage": 0.2, "coverage_by_silo": [0.3, 0.1]}
+    if set_fid is not None:
+        events.append({"event": "auxiliary", "images": 90, "fid": set_fid, **covered})
+    for k, fid in enumerate(fids, 1):
+        done = {"round": 10 * k, "local_steps": 20 * k, "correction_steps": steps}
+        events.append({"event": "evaluation", "fid": fid, **done, **covered})
+    return {"seed": seed, "events": events}
+
+
+RUNS = {
+    "fedavg": [made(1, 0.8, 0.5), made(2, 0.8, 0.3)],
+    "scaffold": [made(1, 0.9, 0.4), made(2, 0.9, 0.3)],
+    "fedadam": [made(1, 0.9, 0.6), made(2, 0.9, 0.6)],
+    "fedddpm": [made(1, 0.4, 0.3, steps=60), made(2, 0.4, 0.3, steps=60)],
+    tables.PLUS: [made(1, 0.3, 0.2, steps=20, set_fid=0.04), made(2, 0.5, 0.2, steps=20)],
+    tables.SLOW: [made(1, 0.6, 0.3, steps=30), made(2, 0.6, 0.3, steps=30)],
+}
+
+
+def test_the_ratios_are_those_of_the_means_and_the_rounds_of_each_seed() -> None:
+    found = tables.ratios(RUNS)
+    assert found["best_baseline"] == "scaffold"
+    assert found["fid_vs_best_baseline"] == pytest.approx(0.2 / 0.35)
+    assert found["plus_fid_vs_fedddpm"] == pytest.approx(2 / 3)
+    assert found["plus_steps_vs_fedddpm"] == pytest.approx(1 / 3)
+    # FedAvg ends at 0.4 in the mean, at 0.5 and 0.3 by seed.
+    assert found["rounds_to_fedavg_fid"] == 0.5
+    assert found["rounds_to_fedavg_fid_by_seed"] == [0.5, 1.0]
+    assert tables.ratios(RUNS, tables.SLOW)["fid_vs_best_baseline"] == pytest.approx(0.3 / 0.35)
+    rows = {row.split("|")[1].strip(): row for row in tables.ratios_table(RUNS).splitlines() if row}
+    assert "| 0.571 | 0.857 | ≤ 0.90 |" in rows["`fid_vs_best_baseline`"]
+    assert "| 0.333 | **0.500** (missed) | ≤ 0.33 |" in rows["`plus_steps_vs_fedddpm`"]
+
+
+def test_another_constant_of_a_usual_strategy_competes_where_it_has_all_the_seeds() -> None:
+    one, two = made(1, 0.9, 0.2), made(2, 0.9, 0.28)
+    assert tables.ratios(RUNS | {"fedadam-0-03": [one]})["best_baseline"] == "scaffold"
+    assert tables.ratios(RUNS | {"fedadam-0-03": [one, two]})["best_baseline"] == "fedadam-0-03"
+    assert tables.ratios(RUNS | {"fedavg-end": [one, two]})["best_baseline"] == "scaffold"
+
+
+def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> None:
+    head, _, union, *rows = tables.table(RUNS).splitlines()
+    assert head.endswith("| coverage | worst silo's coverage |")
+    assert union == "| *the auxiliary set* | 1 | | | 0.040 | 2.00 | 0.200 | 0.100 |"
+    assert len(rows) == len(RUNS)
+    assert rows[0].startswith("| fedavg | 2 | 40 | 0 | 0.400 ± 0.141 | 2.00 ± 0.00 | 0.200 ± 0.000")
+    by_round = tables.rounds_table(RUNS).splitlines()
+    assert len(by_round) == len(tables.METRICS) * (4 + len(RUNS)) + len(tables.METRICS) - 1
+    assert "| fedavg | 20 | 0.800 ± 0.000 | 0.400 ± 0.141 |" in by_round
+
+
+def test_the_first_correction_is_read_off_a_run_without_any() -> None:
+    losses = [1.0, 0.5, 0.38, 0.37, 0.365]
+    events = []
+    for number, loss in enumerate(losses, 1):
+        events.append({"event": "round", "round": number, "loss": 1.0 / number})
+        events.append({"event": "decision", "round": number, "loss": loss})
+    rows = tables.trigger_table([{"events": events}]).splitlines()
+    cells = {row.split("|")[1].strip() + row.split("|")[2].strip(): row for row in rows[3:]}
+    # W = 1: improvements of 50, 24, 2.6 and 1.4 % in rounds 2 to 5, against τ = 2, 5, 10 and 20 %.
+    assert [cell.strip() for cell in cells["auxiliary1"].split("|")[3:-1]] == ["5", "4", "4", "4"]
+    assert [cell.strip() for cell in cells["silos1"].split("|")[3:-1]] == ["–", "–", "–", "5"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A benchmark of two runs, with a page that has a place for its table."""
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    runs = {tables.PLUS: PLUS, "fedavg": "", "auxiliary": 'training = "auxiliary"'}
+    text = STUDY + "".join(RUN.format(name=name, more=more) for name, more in runs.items())
+    (tmp_path / "studies" / "small.toml").write_text(text, "utf-8")
+    page = "before\n<!-- begin small -->\n\nold\n\n<!-- end small -->\nafter\n"
+    (tmp_path / "docs" / "fedddpm.md").write_text(page, "utf-8")
+    monkeypatch.setattr(fedddpm, "HERE", tmp_path)
+    monkeypatch.setattr(fedddpm, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(fedddpm, "DOCS", tmp_path / "docs")
+    return tmp_path
+
+
+def test_a_benchmark_runs_what_is_missing_and_reports_all_of_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(limit: int | None = None) -> int:
+        fedddpm.run("small", place / "work", [], [], limit)
+        return capsys.readouterr().out.count(" round   2 FID")
+
+    files = place / "results" / "small"
+    assert [run(limit=1), run(), run()] == [1, 2, 0]
+    assert {path.name for path in files.iterdir()} == {
+        f"{name}-3.json" for name in (tables.PLUS, "fedavg", "auxiliary")
+    }
+    one = json.loads((files / f"{tables.PLUS}-3.json").read_text("utf-8"))
+    assert one["plan"]["strategy"]["correction_judged"] == "last", "a default, as it was then"
+    assert one["machine"]["torch"]
+    for known in (place / "work" / "small").glob("*/result.json"):
+        known.unlink()
+
+    # An option that is new since then changes nothing; a default that is another one now does.
+    del one["plan"]["strategy"]["correction_judged"]
+    (files / f"{tables.PLUS}-3.json").write_text(json.dumps(one), "utf-8")
+    assert run() == 0
+    one["plan"]["strategy"]["correction_judged"] = "never"
+    (files / f"{tables.PLUS}-3.json").write_text(json.dumps(one), "utf-8")
+    assert run() == 1
+
+    fedddpm.report("small")
+    page = (place / "docs" / "fedddpm.md").read_text("utf-8")
+    assert page.startswith("before\n<!-- begin small -->\n\n| run |")
+    assert page.endswith("|\n\n<!-- end small -->\nafter\n")
+    assert f"\n| {tables.PLUS} | 1 | 4 | " in page
+    assert "old" not in page
+    drawn = (place / "docs" / "images" / "fedddpm-small.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) > 20_000
+    written = json.loads((files / "ratios.json").read_text("utf-8"))
+    assert written[tables.PLUS]["best_baseline"] == "fedavg"
+
+
+@pytest.mark.parametrize("name", ["draw_finals", "draw_sizes"])
+def test_a_sweep_has_a_picture(name: str, tmp_path: Path) -> None:
+    sizes = {f"plus-{n}": [made(1, 0.3), made(2, 0.4)] for n in (250, 1000)} | {
+        "plus-unaudited": [made(1, 0.2)]
+    }
+    getattr(fedddpm, name)(sizes, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
