@@ -27,6 +27,15 @@ from study.memory import give_back
 Json = dict[str, Any]
 _MEASURED = ("fid", "samples", "network", "network_sha256")
 _AT_ONCE = 50
+_CORRECTED = (
+    "steps",
+    "learning_rate",
+    "training_loss",
+    "loss_after",
+    "kept",
+    "fid_before",
+    "fid_after",
+)
 _COMPARED = ("kid", "coverage", "copies", "losses", "measured", "clipped")
 
 
@@ -155,8 +164,7 @@ def _round(results: Json, number: int) -> Json:
         line["decision"] = {k: v for k, v in decision.items() if k != "seconds"}
         line["auxiliary_loss"] = decision["loss"]
     if corrected:
-        keys = ("training_loss", "loss_after", "kept", "fid_before", "fid_after")
-        line["correction"] = {key: corrected[key] for key in keys if key in corrected}
+        line["correction"] = {key: corrected[key] for key in _CORRECTED if key in corrected}
     evaluation = part("evaluation")
     if evaluation:
         line |= {key: evaluation[key] for key in _MEASURED}

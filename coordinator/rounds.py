@@ -136,6 +136,7 @@ class Rounds(Steps):
         assert correction is not None  # noqa: S101 - decided by the same strategy
         await self._stage(f"round {number} of {self._plan.rounds.count}: correction")
         last = number == self._plan.rounds.count
+        steps, rate = correction.steps_in(number, last), self._plan.correction_rate(number)
         path, out = self._tools.artifacts.path, self._scratch("corrected.f32")
         training = await self._worker.run(
             jobs.correct,
@@ -144,8 +145,8 @@ class Rounds(Steps):
             path(bytes.fromhex(step["model"])),
             path(bytes.fromhex(auxiliary["training"])),
             self._labels(auxiliary, "training"),
-            correction.steps_in(number, last),
-            self._plan.correction_rate(number),
+            steps,
+            rate,
             correction.averages(last),
             number,
             out,
@@ -159,7 +160,13 @@ class Rounds(Steps):
             held_out,
             self._labels(auxiliary, "held_out"),
         )
-        changed: Json = {"training_loss": training, "loss_after": after, "kept": True}
+        changed: Json = {
+            "steps": steps,
+            "learning_rate": rate,
+            "training_loss": training,
+            "loss_after": after,
+            "kept": True,
+        }
         if self._plan.evaluation is not None and correction.judges(last):
             changed |= await self._judge(path(bytes.fromhex(step["model"])), out)
         if changed["kept"]:

@@ -190,7 +190,7 @@ class Runner(Rounds):
         }
 
     async def _auxiliary(self) -> Json:
-        """The anonymous union of synthetic images (DESIGN §5), where the strategy corrects."""
+        """The anonymous union of synthetic images, where the strategy corrects."""
         correction = self._plan.strategy.correction
         if correction is None:
             return {}

@@ -1,7 +1,7 @@
 """How a model compares with the real images of one place, by samples and by its loss.
 
-What a silo computes in an evaluated round, and what a simulation computes for each of its silos:
-four measures that need the images and whose plain mean over the silos is meaningful.
+What a silo computes in an evaluated round: four measures that need the images and whose plain mean
+over the silos is meaningful.
 """
 
 from __future__ import annotations

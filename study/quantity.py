@@ -59,7 +59,7 @@ class MomentsWork(_Work):
 
 
 class TagsWork(_Work):
-    """Draw slots for one's share of the auxiliary set (DESIGN: anonymous union, first sum)."""
+    """Draw slots for one's share of the auxiliary set (the anonymous union's first sum)."""
 
     purpose: Literal["tags"] = "tags"
     total_count: Count

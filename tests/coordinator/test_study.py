@@ -231,6 +231,12 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
         assert events[0] == {"event": "auxiliary", **report["auxiliary"]}
         kinds = [event["event"] for event in events[1:]]
         assert kinds == ["round", "decision", "round", "decision", "correction", "evaluation"]
+        told = {(event["event"], event["round"]): event for event in events[1:]}
+        for number, line in ((1, first), (2, second)):
+            assert told["decision", number] | line["decision"] == told["decision", number]
+        assert {"window", "tau"} <= set(told["decision", 2]["numbers"])
+        assert told["correction", 2]["steps"] == 2
+        assert told["correction", 2]["learning_rate"] > 0
 
 
 def features_of_the_first_model(plan_text: str, images: int, folder: Path) -> np.ndarray[Any, Any]:
