@@ -98,7 +98,10 @@ def _agree(then: Any, now: Any) -> bool:
 def _commit() -> str:
     """What the program was, "+" where files were changed since; "" outside a clone."""
     command = ("git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*")
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def report(name: str) -> None:

@@ -7,6 +7,7 @@ once a second, since losing a second of it costs nothing.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -58,7 +59,7 @@ class Contacts:
 
     def __init__(self) -> None:
         # Whether somebody is in contact is told by a clock that nobody sets.
-        self._since = time.monotonic()
+        self._since = math.inf
         self._heard: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._calls: defaultdict[str, int] = defaultdict(int)
@@ -66,6 +67,10 @@ class Contacts:
         self._traffic: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         self._fresh: set[str] = set()
         self._noted: dict[str, float] = {}
+
+    def listening(self) -> None:
+        """From now on silos can call. Before, nobody is absent: a standby may wait for weeks."""
+        self._since = time.monotonic()
 
     @contextmanager
     def call(self, site: str) -> Iterator[None]:
@@ -88,7 +93,7 @@ class Contacts:
         return self._calls[site] > 0 or (heard is not None and time.monotonic() - heard < within)
 
     def absent(self, site: str, within: float) -> bool:
-        """Whether there was none, although this service has been up for that long."""
+        """Whether there was none, although this service has listened for that long."""
         return not self.present(site, within) and time.monotonic() - self._since >= within
 
     def progress(self, study: str, site: str, now: Progress) -> None:

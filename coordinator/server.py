@@ -147,6 +147,7 @@ class CoordinatorServer:
                 f"{self._home.config_file}"
             ) from error
         await server.start()
+        self._contacts.listening()
         await self._serve_metrics()
         for service in _SERVICES:
             await self._health.set(service, HealthCheckResponse.SERVING)

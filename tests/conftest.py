@@ -1,6 +1,8 @@
 """What has to be settled before the first test module is imported."""
 
 import os
+import sqlite3
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,3 +25,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so none of this process's files has to reach the disk: a loop that
+    silos and coordinator share would stand still meanwhile. Programs that tests start do sync."""
+    from coordinator import store
+
+    prepare = store._prepare_sqlite
+
+    def prepare_unsynced(connection: sqlite3.Connection, record: object) -> None:
+        prepare(connection, record)
+        connection.execute("PRAGMA synchronous = OFF")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_prepare_sqlite", prepare_unsynced)
+        patch.setattr(os, "fsync", lambda _file: None)
+        yield

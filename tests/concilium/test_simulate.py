@@ -206,7 +206,7 @@ CONDITIONAL = {"[model]": "[model]\nclasses = 10", "steps = 5": "steps = 5\nguid
 def test_a_conditional_study_corrects_with_labels_and_tells_a_classifier_s_accuracy(
     tmp_path: Path,
 ) -> None:
-    central = 'training = "central"\nplan.rounds = {local_steps = 40}'
+    central = 'training = "central"\nplan.rounds = {local_steps = 100}'
     runs = {"plus": PLUS, "central": central, "auxiliary": 'training = "auxiliary"'}
     lines = simulate(study(tmp_path, runs, **CONDITIONAL), tmp_path / "out")
     union = lines["plus-3"][0]

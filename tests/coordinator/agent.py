@@ -121,7 +121,7 @@ async def join(token: str, request: join_pb.JoinRequest) -> join_pb.JoinReply:
     made = Invitation.decode(token)
     credentials = Credentials(made.private_key_pem, made.certificate_pem, made.authority_pem)
     async with credentials.channel(made.address) as channel:
-        return await EnrolmentStub(channel).Join(request, timeout=5)
+        return await EnrolmentStub(channel).Join(request, timeout=30)
 
 
 Hook = Callable[["TestSilo", str], Awaitable[None]]

@@ -44,7 +44,8 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off"
+        options += " -c unix_socket_directories="
         log = self._root / "log"
         self._call(["pg_ctl", "-D", str(self._data), "-w", "-l", str(log), "-o", options, "start"])
 

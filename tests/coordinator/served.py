@@ -27,6 +27,13 @@ from tests.coordinator.federation import Federation
 from tests.walking import Deaths
 
 
+_TRIED_AGAIN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
+
+
 class Coordinator:
     """One `concilium coordinator serve`."""
 
@@ -52,7 +59,7 @@ class Coordinator:
         if not self.ended:
             self.process.send_signal(number)
             try:
-                self.process.wait(15)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         return self.process.wait()
@@ -99,7 +106,7 @@ class Served(Federation):
                 with suppress(BlockingIOError):
                     self.coordinator = Coordinator(self.home, self.log, self._environment)
 
-    async def until(self, check: Callable[[], Any], seconds: float = 30.0) -> Any:
+    async def until(self, check: Callable[[], Any], seconds: float = 120.0) -> Any:
         def checked() -> Any:
             self._alive()
             # Whoever holds the store may have been killed, or stopped, in a transaction.
@@ -123,7 +130,7 @@ class Served(Federation):
             try:
                 return await join(token, request)
             except grpc.aio.AioRpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN):
+                if error.code() not in _TRIED_AGAIN:
                     raise
                 await asyncio.sleep(0.1)
 

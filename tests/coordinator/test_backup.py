@@ -113,7 +113,7 @@ async def restored_behind_the_silos(
     for silo in silos:
         silo.hook = wait
         silo.start()
-    study = admin.start_study(federation.home, federation.plan(deadline=6.0))
+    study = admin.start_study(federation.home, federation.plan(deadline=15.0))
     await here.wait()
     await federation.until(
         lambda: (

@@ -46,7 +46,7 @@ class Held:
             silo.start()
         plan = self.federation.plan()
         self.study = admin.start_study(self.federation.home, plan, SITES)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await self._arrived.wait()
 
     @property

@@ -12,7 +12,7 @@ from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from secagg import silo as secagg_silo
 from tests.coordinator.agent import TestSilo, Vanish, nothing
-from tests.coordinator.federation import Federation
+from tests.coordinator.federation import Federation, shortened
 
 STEPS = ("ADVERTISE", "SHARE", "MASKED_INPUT", "CONFIRM", "UNMASK")
 
@@ -30,7 +30,8 @@ async def test_two_silos_gone_is_an_abort_that_says_who_and_what_to_do_and_then_
         silos[0].hook = silos[3].hook = vanish
         for silo in silos:
             silo.start()
-        study = admin.start_study(federation.home, federation.plan(deadline=3.0))
+        plan = shortened(federation.plan(), "input", 6)
+        study = admin.start_study(federation.home, plan)
         status = await federation.until(
             lambda: (found := federation.study(study)).phase == "aborting" and found.error and found
         )
@@ -65,12 +66,14 @@ async def test_too_few_adverts_abandon_the_session_and_it_waits_for_silos_to_ret
         silos[1].hook = silos[2].hook = vanish
         for silo in silos:
             silo.start()
-        study = admin.start_study(federation.home, federation.plan(deadline=3.0))
+        plan = shortened(federation.plan(), "advertise", 6)
+        study = admin.start_study(federation.home, plan)
         status = await federation.until(lambda: (s := federation.study(study)).error and s)
         assert "2 of 4 silos advertised" in status.error
         assert "missing: site-2, site-3" in status.error
         for silo in (silos[1], silos[2]):
             await silo.kill()
+        for silo in (silos[1], silos[2]):
             silo.hook = nothing
             silo.start()
         await federation.until(lambda: federation.result(study, "census"))
@@ -124,7 +127,8 @@ async def test_a_silo_that_dropped_before_its_upload_stays_out_after_a_restart(
         silos[2].hook, silos[0].hook = vanish, restart
         for silo in silos:
             silo.start()
-        study = admin.start_study(federation.home, federation.plan(deadline=2.0))
+        plan = shortened(federation.plan(), "input", 4)
+        study = admin.start_study(federation.home, plan)
         await federation.until(lambda: federation.result(study, "census"), 60)
         assert federation.exact(study, "census", "census 1") == ["site-1", "site-2", "site-4"]
 

@@ -160,10 +160,10 @@ async def test_an_offer_that_nobody_answers_in_time_ends_with_who_did_not(tmp_pa
         silos = await federation.join_four()
         silos[0].start()
         plan = federation.plan()
-        text = plan.read_text().replace("[deadlines]\n", "[deadlines]\noffer = 2.0\n")
+        text = plan.read_text().replace("[deadlines]\n", "[deadlines]\noffer = 10.0\n")
         plan.write_text(text)
         study = admin.start_study(federation.home, plan)
-        await federation.until(lambda: federation.study(study).state == "failed", 40)
+        await federation.until(lambda: federation.study(study).state == "failed")
         error = federation.study(study).error or ""
         assert "1 of 4 sites accepted roster 1, the threshold is 3" in error
         assert "no answer from site-2, site-3, site-4" in error

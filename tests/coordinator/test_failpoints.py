@@ -34,6 +34,7 @@ POINTS = [
 ]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 async def test_a_study_whose_coordinator_is_killed_again_and_again_sums_everybody_once(
     tmp_path: Path, database: str

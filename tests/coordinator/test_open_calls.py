@@ -57,7 +57,7 @@ async def test_a_revoked_silo_is_put_out_of_an_upload_that_waits_for_its_next_ch
             admin.revoke(federation.home, held.silo.name)
             code, text = await refused(upload)
             assert (code, "was revoked" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
         # The others' sum goes on without it, and nothing of the half upload is in it.
         await federation.until(lambda: federation.result(held.study, "census"))
         assert federation.exact(held.study, "census", "census 1") == ["site-2", "site-3", "site-4"]
@@ -122,9 +122,9 @@ async def test_a_revoked_silo_is_put_out_of_a_download_that_waits_for_its_reader
                 nonlocal got
                 while (chunk := await stream.read()) is not grpc.aio.EOF:
                     got += len(chunk.data)
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.25)
 
             code, text = await refused(read_on())
             assert (code, "was revoked" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
             assert got < MODEL_BYTES / 2

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from coordinator.artifacts import Artifacts
+from coordinator.contacts import Contacts
 from coordinator.spool import DiskFull, Spool
 from coordinator.worker import Worker, WorkerDied
 
@@ -91,3 +94,22 @@ def test_artifacts_are_named_by_their_content_and_leave_nothing_half_written(
     artifacts.clear()
     assert not half.exists()
     assert list(artifacts.chunks(digest, 3)) == [(3, b"tent")]
+
+
+def test_nobody_is_absent_from_a_service_that_does_not_listen_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A standby may wait for weeks before it opens its door, and then asks for every silo."""
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
+    monkeypatch.setattr("coordinator.contacts.time", clock)
+    contacts = Contacts()
+    now += 3600
+    assert not contacts.absent("site-1", 10.0)
+    contacts.listening()
+    now += 9
+    assert not contacts.absent("site-1", 10.0)
+    with contacts.call("site-2"):
+        now += 1
+    assert contacts.absent("site-1", 10.0)
+    assert not contacts.absent("site-2", 10.0)

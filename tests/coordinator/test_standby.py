@@ -25,7 +25,7 @@ class Pair(Served):
     """Two coordinators of one folder; silos reach, through the proxy, whom it points to."""
 
     async def start(self) -> None:
-        config = Home(self.home).config().model_copy(update={"takeover_after": 6.0})
+        config = Home(self.home).config().model_copy(update={"takeover_after": 12.0})
         (self.home / "coordinator.toml").write_text(config_text(config))
         self.listen = [f"127.0.0.1:{free_port()}" for _ in range(2)]
         self.pair = [self.launch(0)]
@@ -85,12 +85,12 @@ async def running_study(folder: Path, database: str) -> AsyncIterator[tuple[Pair
         for silo in silos:
             silo.start()
         study = admin.start_study(pair.home, pair.plan(deadline=60.0))
-        await asyncio.wait_for(here.wait(), 30)
+        await asyncio.wait_for(here.wait(), 120)
         yield pair, study
 
 
 async def ends_exactly(pair: Pair, study: str) -> None:
-    await pair.until(lambda: pair.result(study, "census"), 40)
+    await pair.until(lambda: pair.result(study, "census"))
     assert len(pair.exact(study, "census", "census 1")) == 4
     assert pair.result(study, "census")["session"]["number"] == 1
     assert pair.log_is_whole()
@@ -125,6 +125,6 @@ async def test_a_coordinator_that_stood_still_finds_itself_replaced_and_ends_wit
         pair.go.set()
         await pair.until(lambda: pair.study(study).phase in ("confirming", "unmasking", ""))
         old.send_signal(signal.SIGCONT)
-        assert await asyncio.to_thread(old.wait, 20) == 1
+        assert await asyncio.to_thread(old.wait, 60) == 1
         assert "another coordinator has taken over" in pair.said(0)
         await ends_exactly(pair, study)

@@ -55,7 +55,7 @@ def test_ancestral_steps_equal_those_of_diffusers_ddpm(prediction: str) -> None:
     theirs = training_scheduler(schedule, objective)
     theirs.set_timesteps(40)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-    x_t = torch.randn(2, 1, 8, 8)
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for t in ours.timesteps[:-1]:
         prediction_t = 0.9 * x_t
         noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(int(t)))

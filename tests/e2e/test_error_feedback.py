@@ -39,8 +39,8 @@ seed = 5
 [deadlines]
 advertise = 120
 share = 20
-input = 8
-confirm = 8
+input = 15
+confirm = 15
 unmask = 20
 
 [data]
@@ -74,7 +74,7 @@ FAILPOINTS = {
     "riverside": "after-share:round=3",
 }
 ROUNDS, COUNT = (1, 2, 3, 4), 20
-LIMIT_SECONDS = 400.0
+LIMIT_SECONDS = 600.0
 
 
 def found(out: Path) -> Federation:

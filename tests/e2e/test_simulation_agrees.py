@@ -82,7 +82,7 @@ images = 40
 kind = "fedddpm_plus"
 first_correction_steps = 2
 """
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,13 @@ async def test_a_clock_that_is_wrong_is_told_by_how_much(
     await enrol(centre, home, "north")
     shifted = SimpleNamespace(time=lambda: time.time() + ahead)
     monkeypatch.setattr("silo.doctor.time", shifted)
+    began = time.monotonic()
     clock = (await findings(home))["clock"]
+    took = time.monotonic() - began
     assert clock.level == level
     if ahead:
         said = int(clock.text.split(" s ")[0].rpartition(" ")[2])
-        assert abs(said - abs(ahead)) <= 2
+        assert abs(ahead) - took - 1 <= said <= abs(ahead) + took + 1
         assert ("ahead of" if ahead > 0 else "behind") in clock.text
 
 
@@ -127,7 +129,7 @@ async def test_a_revoked_site_is_told_by_the_coordinator(centre: Centre, tmp_pat
     home = make_site(tmp_path, "north")
     await enrol(centre, home, "north")
     centre_admin.revoke(centre.home, "north")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (service := (await findings(home))["service"]).level == "ok":
             await asyncio.sleep(0.2)
     assert service.level == "problem"

@@ -43,7 +43,7 @@ def edit(home: Path, old: str, new: str) -> None:
 
 
 async def until(ready: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not ready():
             await asyncio.sleep(0.1)
 

@@ -151,7 +151,7 @@ async def take_part(
     part = Participation(tools, study, terms, party, vectors)  # type: ignore[arg-type]
     running = asyncio.create_task(part.run())
     idle = asyncio.create_task(client.idle.wait())
-    done, _ = await asyncio.wait({running, idle}, timeout=10, return_when="FIRST_COMPLETED")
+    done, _ = await asyncio.wait({running, idle}, timeout=60, return_when="FIRST_COMPLETED")
     assert done
     running.cancel()
     idle.cancel()

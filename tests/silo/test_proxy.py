@@ -65,7 +65,7 @@ async def test_a_site_joins_and_works_through_a_proxy_that_wants_a_password(
     through(home, proxy.url(f"ward:{PASSWORD}"))
     await enrol(centre, home)
     agent = asyncio.create_task(run(home))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while (admin.status(home).get("last_contact")) is None:
             await asyncio.sleep(0.1)
     agent.cancel()
@@ -126,7 +126,7 @@ async def test_the_environment_s_proxy_is_taken_and_no_proxy_goes_around_it(
     monkeypatch.setenv("no_proxy", "example.org,127.0.0.0/8")
     assert proxy_of(centre.address, "") is None
     agent = asyncio.create_task(run(home))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while (admin.status(home).get("last_contact")) is None:
             await asyncio.sleep(0.1)
     agent.cancel()

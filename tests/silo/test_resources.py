@@ -27,7 +27,7 @@ from study.plan import load_plan
 from tests.silo.studies import PLAN
 from tests.silo.test_worker import cache_order, child_of
 
-STEPS = 100
+STEPS = 300
 NIGHT, NOON = datetime(2026, 1, 5, 23, 0, tzinfo=UTC), datetime(2026, 1, 5, 12, 0, tzinfo=UTC)
 ON_ONE_THREAD = Resources(device="cpu", threads=1, niceness=0)
 
@@ -114,7 +114,9 @@ async def test_a_night_that_ends_and_a_kill_change_no_bit_of_what_is_trained(
     monkeypatch.setattr("silo.worker._REST_SECONDS", 0.02)
     expected = here(training(tmp_path / "expected"), tmp_path)
     order, now, said = training(tmp_path / "broken"), NIGHT, []
-    worker = Worker(ON_ONE_THREAD.model_copy(update={"hours": "19:00-06:00"}), lambda: now)
+    worker = Worker(
+        ON_ONE_THREAD.model_copy(update={"hours": "19:00-06:00", "time_zone": "UTC"}), lambda: now
+    )
     progress = tmp_path / "progress"
     running = asyncio.create_task(worker.run(order, progress, said.append))
     await until(progress.exists)
@@ -131,7 +133,7 @@ async def test_a_night_that_ends_and_a_kill_change_no_bit_of_what_is_trained(
     worker.kill()
 
 
-async def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
+async def until(ready: Callable[[], bool], seconds: float = 240.0) -> None:
     async with asyncio.timeout(seconds):
         while not ready():
             await asyncio.sleep(0.01)
@@ -147,7 +149,11 @@ async def test_outside_the_hours_no_process_is_even_started(tmp_path: Path) -> N
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_the_worker_gives_way_and_keeps_to_its_memory(tmp_path: Path) -> None:
+async def test_the_worker_gives_way_and_keeps_to_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("OMP", "OPENBLAS"):  # which reserve memory for every thread
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "1")
     worker = Worker(Resources(device="cpu", threads=1, niceness=7, memory_mib=256))
     await worker.run(cache_order(tmp_path), tmp_path / "progress", lambda _: None)
     ours = os.getpriority(os.PRIO_PROCESS, os.getpid())

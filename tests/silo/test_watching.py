@@ -27,7 +27,7 @@ def scrape(port: int) -> str:
         return str(page.read().decode())
 
 
-async def until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
+async def until(ready: Callable[[], bool], seconds: float = 120.0) -> None:
     async with asyncio.timeout(seconds):
         while not await asyncio.to_thread(ready):
             await asyncio.sleep(0.1)

@@ -95,7 +95,7 @@ def test_a_worker_ends_with_an_agent_that_is_killed(tmp_path: Path) -> None:
     child = int(agent.stdout.readline())
     agent.kill()
     agent.wait()
-    for _ in range(100):
+    for _ in range(600):
         if not _alive(child):
             return
         time.sleep(0.1)
