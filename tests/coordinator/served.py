@@ -26,7 +26,6 @@ from tests.coordinator.agent import join
 from tests.coordinator.federation import Federation
 from tests.walking import Deaths
 
-
 _TRIED_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.UNKNOWN,
