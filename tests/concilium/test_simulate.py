@@ -80,6 +80,7 @@ PLUS = (
     'plan.strategy = {kind = "fedddpm_plus", window = 1, tau = 0.1, correction_steps = 3, '
     "auxiliary_share = 0.0, first_correction_steps = 0, correct_last = true}"
 )
+DEFAULT = 'plan.strategy = {kind = "fedddpm_plus", first_correction_steps = 2}'  # which shares
 ALL = {
     "fedavg": "",
     "fedprox": 'plan.strategy = {kind = "fedprox", mu = 0.1}',
@@ -88,6 +89,7 @@ ALL = {
     "fedyogi": 'plan.strategy = {kind = "fedyogi"}',
     "fedddpm": 'plan.strategy = {kind = "fedddpm", correction_steps = 2}',
     "plus": PLUS,
+    "default": DEFAULT,
     "central": 'training = "central"',
     "local": 'training = "local"',
     "auxiliary": 'training = "auxiliary"',
@@ -161,8 +163,8 @@ def test_a_correction_that_does_harm_is_taken_back(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     table: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    again = simulate(study(tmp_path, {"plus": PLUS}), tmp_path / "out")
-    assert again["plus-3"] == table["plus-3"]
+    again = simulate(study(tmp_path, {"plus": PLUS, "default": DEFAULT}), tmp_path / "out")
+    assert again == {name: table[name] for name in ("plus-3", "default-3")}
     other = study(tmp_path, {"plus": PLUS}, **{"seeds = [3]": "seeds = [4]"})
     assert simulate(other, tmp_path / "other")["plus-4"] != table["plus-3"]
 
