@@ -19,7 +19,7 @@ from benchmarks.fedddpm_tables import (
 
 _USUAL = ("fedavg", "scaffold", "fedadam")
 _CONTROLS = ("fedavg-double", "central", "auxiliary", "auxiliary-3x")
-SHOWN = (*_USUAL, PAPER, PLUS, SLOW, *_CONTROLS)
+SHOWN = (*_USUAL, PAPER, PLUS, SLOW, "fedddpm-plus-long", *_CONTROLS)
 
 
 def draw_rounds(runs: Runs, path: Path) -> None:
@@ -42,7 +42,7 @@ def draw_rounds(runs: Runs, path: Path) -> None:
         plot.set(xlabel="share of the rounds", ylabel=title, xlim=(0, 1.02))
         if key in ("fid", "kid"):
             _logarithmic(plot)
-    axes[-1].legend(fontsize=8)
+    axes[1].legend(fontsize=7, loc="upper right")
     _save(figure, path)
 
 
