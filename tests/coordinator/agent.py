@@ -283,10 +283,10 @@ class TestSilo:
             case "open":
                 context = SessionContext.decode(task.open.context)
                 if taking.context != context:
-                    taking.context = context
-                    taking.vector = await self._contribution(stub, task, taking)
-                    key = (str(context.quantity), context.session)
-                    self.vectors[key] = taking.vector.copy()
+                    # A coordinator that restarts cuts the download off: then all of it again.
+                    vector = await self._contribution(stub, task, taking)
+                    taking.context, taking.vector = context, vector
+                    self.vectors[str(context.quantity), context.session] = vector.copy()
                 return Open(context)
             case "adverts":
                 return Adverts(tuple(map(Signed.decode, task.adverts.signed)))
@@ -396,7 +396,7 @@ async def upload(
             yield pb.UploadChunk(study=study, session=session, offset=at, data=data, **first)
             first = {}
 
-    return int((await stub.Upload(chunks(), timeout=10)).committed)
+    return int((await stub.Upload(chunks(), timeout=60)).committed)
 
 
 async def download(stub: CoordinationStub, study: str, sha256: bytes) -> bytes:
