@@ -108,6 +108,10 @@ class Home:
         """Files between the service and its worker; emptied at each start."""
         return self.root / "scratch"
 
+    def corrections(self, study: str) -> Path:
+        """How far corrections of the study have come that are under way; kept over a restart."""
+        return self.root / "corrections" / study
+
     def study(self, study: str) -> Path:
         """What a study publishes: model, samples, metrics, report."""
         return self.root / "studies" / study

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,13 +111,29 @@ def correct(
     learning_rate: float,
     average: bool,
     round: int,
+    seconds: float,
+    kept: Path,
     out: Path,
-) -> float:
-    """Optimise the model on auxiliary images, write it (or, to `average`, the moving average of its
-    weights) to `out`; the mean training loss."""
+) -> tuple[int, float]:
+    """Optimise the model on auxiliary images for so many seconds, on from where `kept` is; the steps
+    done by now, and the mean training loss.
+
+    After the last of them the model (or, to `average`, the moving average of its weights) is in
+    `out`, before that what it takes to go on is in `kept`. In however many parts, it ends in the
+    same bits.
+    """
     from diffusion.calibration import calibrate
+    from diffusion.checkpoint import Checkpoint, resume_from, write_checkpoint
     from diffusion.model import to_vector
 
+    def keep(checkpoint: Checkpoint) -> bool:
+        # Beside `out`, a name of this process's: that of one that was taken over from may be at it.
+        write_checkpoint(out, checkpoint)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(out, kept)
+        return True
+
+    until = time.monotonic() + seconds
     plan = load_plan(plan_text)
     network = _load(plan, model)
     result = calibrate(
@@ -130,10 +147,14 @@ def correct(
         seed=plan.study.seed + round,
         execution=machine.execution(),
         labels=_labels(labels),
+        save=keep,
+        save_now=lambda: time.monotonic() >= until,
+        resume=resume_from(kept),
     )
-    corrected = result.ema if average else to_vector(network)
-    corrected.astype(_MODEL).tofile(out)
-    return result.loss_sum / result.steps
+    if result.steps == steps:
+        corrected = result.ema if average else to_vector(network)
+        corrected.astype(_MODEL).tofile(out)
+    return result.steps, result.loss_sum / result.steps
 
 
 def feature_dimension(network: str, sha256: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from study.strategies import RoundRecord
 log = structlog.get_logger()
 
 _GRID = 40
+_CORRECTS_FOR = 30.0
 
 
 class Rounds(Steps):
@@ -134,23 +136,32 @@ class Rounds(Steps):
         """K steps on the auxiliary images, the held-out loss after them, and whether they stay."""
         correction = self._plan.strategy.correction
         assert correction is not None  # noqa: S101 - decided by the same strategy
-        await self._stage(f"round {number} of {self._plan.rounds.count}: correction")
         last = number == self._plan.rounds.count
         steps, rate = correction.steps_in(number, last), self._plan.correction_rate(number)
         path, out = self._tools.artifacts.path, self._scratch("corrected.f32")
-        training = await self._worker.run(
-            jobs.correct,
-            self._machine,
-            self._text,
-            path(bytes.fromhex(step["model"])),
-            path(bytes.fromhex(auxiliary["training"])),
-            self._labels(auxiliary, "training"),
-            steps,
-            rate,
-            correction.averages(last),
-            number,
-            out,
-        )
+        stage = f"round {number} of {self._plan.rounds.count}: correction"
+        await self._stage(stage)
+        done, training = 0, 0.0
+        # In parts, between which an operator may pause or stop the study.
+        while done < steps:
+            done, training = await self._worker.run(
+                jobs.correct,
+                self._machine,
+                self._text,
+                path(bytes.fromhex(step["model"])),
+                path(bytes.fromhex(auxiliary["training"])),
+                self._labels(auxiliary, "training"),
+                steps,
+                rate,
+                correction.averages(last),
+                number,
+                _CORRECTS_FOR,
+                self._home.corrections(self._live.id) / f"{number:05}-{step['model']}",
+                out,
+            )
+            if done < steps:
+                await self._stage(f"{stage}, {done:,} of {steps:,} steps")
+                await self._summing.may_go_on()
         held_out = path(bytes.fromhex(auxiliary["held_out"]))
         after = await self._worker.run(
             jobs.held_out_loss,
@@ -269,4 +280,9 @@ class Rounds(Steps):
         for sha256 in ours:
             await asyncio.to_thread(self._tools.artifacts.remove, sha256)
         await store.do(results.forget_artifacts, name, done)
+        self._forget_corrections()
         return {"dropped": len(ours)}
+
+    def _forget_corrections(self) -> None:
+        """Drop what corrections that are over, or will not be ended, have kept."""
+        shutil.rmtree(self._home.corrections(self._live.id), ignore_errors=True)

@@ -254,6 +254,7 @@ class Runner(Rounds):
     async def _over(self, state: str, error: str | None = None) -> None:
         await self._tools.store.do(records.set_state, self._live.id, state, error)
         self._live.row = await self._tools.store.do(records.study, self._live.id)
+        self._forget_corrections()
         log.info("study.over", study=self._live.id, state=state, error=error)
         await self._report.write()
         self._live.bell.ring()

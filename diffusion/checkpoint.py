@@ -55,3 +55,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if tensors.keys() != names or any(t.dtype != np.float32 for t in tensors.values()):
         raise CheckpointError(f"{path} is not a checkpoint of this version: delete it")
     return Checkpoint(**tensors)
+
+
+def resume_from(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`; none where there is none, or none that can be read: then the work
+    starts over, which costs time and nothing else."""
+    try:
+        return read_checkpoint(path) if path.exists() else None
+    except CheckpointError:
+        return None

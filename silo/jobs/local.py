@@ -25,7 +25,6 @@ from silo.jobs.training import (
     read_images,
     read_labels,
     reporting,
-    resume_from,
     saving,
 )
 from silo.jobs.warm_up import warm_up

@@ -35,7 +35,6 @@ from silo.jobs.training import (
     read_images,
     read_labels,
     reporting,
-    resume_from,
     saving,
 )
 from silo.orders import RoundTrained, TrainRound

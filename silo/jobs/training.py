@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from diffusion.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from diffusion.checkpoint import Checkpoint, write_checkpoint
 from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise, to_vector
 from silo.data.cache import Labels, labels_of_study
@@ -80,12 +80,3 @@ def pause_if_wanted() -> None:
     """Raises Paused where the parent wants the order under way to end."""
     if pause_requested():
         raise Paused("training pauses: it goes on from its checkpoint")
-
-
-def resume_from(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`; none where there is none, or none that can be read: then the work
-    starts over, which costs time and nothing else."""
-    try:
-        return read_checkpoint(path) if path.exists() else None
-    except CheckpointError:
-        return None
