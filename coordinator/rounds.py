@@ -137,7 +137,7 @@ class Rounds(Steps):
         correction = self._plan.strategy.correction
         assert correction is not None  # noqa: S101 - decided by the same strategy
         last = number == self._plan.rounds.count
-        steps, rate = correction.steps_in(number, last), self._plan.correction_rate(number)
+        steps, rate = self._plan.correction_steps(number), self._plan.correction_rate(number)
         path, out = self._tools.artifacts.path, self._scratch("corrected.f32")
         stage = f"round {number} of {self._plan.rounds.count}: correction"
         await self._stage(stage)

@@ -40,7 +40,7 @@ from study.sections import (
     Study,
     WarmUp,
 )
-from study.strategies import AnyStrategy, FedAvg
+from study.strategies import AnyStrategy, Correction, FedAvg
 
 
 class Plan(Spec):
@@ -112,12 +112,20 @@ class Plan(Spec):
         rate = self.optimizer.learning_rate * self._decay(round)
         return self.optimizer.model_copy(update={"learning_rate": rate})
 
+    @property
+    def _correction(self) -> Correction:
+        if (correction := self.strategy.correction) is None:
+            raise ValueError(f"{self.strategy.kind} does not correct")
+        return correction
+
+    def correction_steps(self, round: int) -> int:
+        """The steps of a correction after a round, 1 … rounds.count."""
+        return self._correction.steps_in(round, self.rounds.count, self.rounds.local_steps)
+
     def correction_rate(self, round: int) -> float:
         """The learning rate of a correction after a round; it falls as the silos' does."""
-        correction = self.strategy.correction
-        if correction is None:
-            raise ValueError(f"{self.strategy.kind} does not correct")
-        return correction.learning_rate * self._decay(round)
+        rate = self._correction.learning_rate
+        return (self.optimizer.learning_rate if rate is None else rate) * self._decay(round)
 
     def _decay(self, round: int) -> float:
         passed = (round - 1) / max(1, self.rounds.count - 1)

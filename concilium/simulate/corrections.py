@@ -81,7 +81,7 @@ class Corrections:
             {
                 "event": "correction",
                 "round": number,
-                "steps": self._rule.steps_in(number, last),
+                "steps": self._plan.correction_steps(number),
                 "training_loss": float(corrected["loss"]),
                 "loss_after": after,
                 **kept,
@@ -120,8 +120,8 @@ class Corrections:
     def _correct(self, number: int, model: Vector) -> Arrays:
         plan, (images, labels) = self._plan, self._training
         last = number == plan.rounds.count
-        steps, average = self._rule.steps_in(number, last), self._rule.averages(last)
-        rate = plan.correction_rate(number)
+        steps, rate = plan.correction_steps(number), plan.correction_rate(number)
+        average = self._rule.averages(last)
         inputs = {
             **self._common,
             "what": "correction",

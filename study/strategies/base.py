@@ -38,11 +38,13 @@ class Correction:
     """How the coordinator optimises the aggregate on the auxiliary set when it is told to."""
 
     steps: int
-    first_steps: int
-    """Steps of a correction after the first round."""
+    first_steps: int | None
+    """Steps of a correction after the first round; None = twice as many as a silo takes in all
+    rounds together."""
     last_steps: int
     """Steps of a correction after the last round."""
-    learning_rate: float
+    learning_rate: float | None
+    """AdamW's step size after round 1; None = as large as the silos'."""
     held_out: float
     """Share of the auxiliary images that correction never sees: the trigger watches these."""
     average: When = "last"
@@ -54,11 +56,13 @@ class Correction:
         """How many of so many auxiliary images no correction sees, at least one."""
         return max(1, round(images * self.held_out))
 
-    def steps_in(self, round: int, last: bool) -> int:
-        """Steps after a round, which is the last one or is not."""
-        if last:
+    def steps_in(self, round: int, rounds: int, local_steps: int) -> int:
+        """Steps after a round, 1 … rounds, of so many local steps each."""
+        if round == rounds:
             return self.last_steps
-        return self.first_steps if round == 1 else self.steps
+        if round > 1:
+            return self.steps
+        return 2 * rounds * local_steps if self.first_steps is None else self.first_steps
 
     def averages(self, last: bool) -> bool:
         """Whether weights are averaged in a round that is the last one, or is not."""

@@ -52,9 +52,9 @@ class Corrected(Strategy):
     """K of a correction after the last round; absent = the same. What is done then is not undone by
     the silos' next local steps."""
 
-    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
-    """AdamW's step size in a correction after round 1, about half of the silos'. It falls from
-    round to round as the silos' own does (rounds.final_learning_rate)."""
+    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """AdamW's step size in a correction after round 1; absent = optimizer.learning_rate, the silos'.
+    It falls from round to round as the silos' own does (rounds.final_learning_rate)."""
 
     correction_average: When = "last"
     """In which rounds a correction ends in the moving average of its weights. The average samples
@@ -70,6 +70,10 @@ class Corrected(Strategy):
     @property
     def _base(self) -> Strategy:
         return Scaffold() if self.control_variates else FedAvg()
+
+    @property
+    def _first_steps(self) -> int | None:
+        return self.first_correction_steps or self.correction_steps
 
     def local_rules(self) -> LocalRules:
         return replace(self._base.local_rules(), auxiliary_share=self.auxiliary_share)
@@ -89,7 +93,7 @@ class Corrected(Strategy):
     def correction(self) -> Correction:
         return Correction(
             self.correction_steps,
-            self.first_correction_steps or self.correction_steps,
+            self._first_steps,
             self.last_correction_steps or self.correction_steps,
             self.correction_learning_rate,
             self.held_out,

@@ -13,7 +13,7 @@ The aggregate of the first round is corrected in any case (`first_correction_ste
 `correct_last` that of the last as well.
 
 The defaults are the recipe that measured best, and not the paper's (docs/fedddpm.md): one long
-correction after the first round; from then on silos draw half of each batch from the auxiliary set
+correction after the first round, twice as many steps as a silo takes in all; from then on silos draw half of each batch from the auxiliary set
 (`auxiliary_share`), which keeps them from drifting away from what it taught; and a correction later
 on only where the held-out loss goes up (τ = −0.05): a loss that stands still is that of a model
 that is nearly done, and a correction harms it. What is corrected late, without sharing, is undone
@@ -50,13 +50,9 @@ class FedDDPMPlus(Corrected):
     all share: arXiv 1806.00582). Every site is sent the set, without the held-out images; with 0
     none is. Without drift it does harm: 0 where all sites have the same kinds of images."""
 
-    first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 300
-    """K of the correction after the first round, before the silos drift apart; 0 = round 1 is like
-    the others."""
-
-    correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
-    """AdamW's step size in a correction after round 1, as large as the silos'. It falls from round
-    to round as theirs does (rounds.final_learning_rate)."""
+    first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """K of the correction after the first round, before the silos drift apart; absent = twice as many
+    as a silo takes in all rounds together, 0 = round 1 is like the others."""
 
     window: Annotated[int, Field(ge=1, le=10_000)] = 3
     """W: rounds an improvement is measured over."""
@@ -89,6 +85,11 @@ class FedDDPMPlus(Corrected):
             )
         return self
 
+    @property
+    def _first_steps(self) -> int | None:
+        steps = self.first_correction_steps
+        return self.correction_steps if steps == 0 else steps
+
     def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether learning is slow; the numbers: both losses, their rounds, improvement, W, τ."""
         W = self.window
@@ -96,7 +97,7 @@ class FedDDPMPlus(Corrected):
         numbers: dict[str, float] = {"window": W, "tau": self.tau}
         if last and self.correct_last:
             return Decision(True, "the last round is corrected in any case", numbers)
-        if self.first_correction_steps and history[-1].round == 1:
+        if self.first_correction_steps != 0 and history[-1].round == 1:
             return Decision(True, "the first round is corrected in any case", numbers)
         since = next((k for k, record in enumerate(reversed(history)) if record.corrected), None)
         if since is not None and since <= C:

@@ -223,16 +223,16 @@ def test_a_cool_down_may_be_longer_than_the_window_but_not_shorter():
 
 def test_the_last_correction_may_be_longer():
     correction = FedDDPMPlus(correction_steps=10, last_correction_steps=30).correction
-    assert (correction.steps_in(5, last=False), correction.steps_in(5, last=True)) == (10, 30)
-    assert FedDDPM(correction_steps=10).correction.steps_in(5, last=True) == 10
+    assert (correction.steps_in(5, 6, 1), correction.steps_in(5, 5, 1)) == (10, 30)
+    assert FedDDPM(correction_steps=10).correction.steps_in(5, 5, 1) == 10
 
 
 def test_the_first_round_is_corrected_in_any_case_where_steps_are_given_for_it():
     early = LATE.model_copy(update={"correction_steps": 10, "first_correction_steps": 40})
     assert early.decide(history(1.0)).correct
-    assert early.correction.steps_in(1, last=False) == 40
-    assert early.correction.steps_in(2, last=False) == 10
-    assert early.correction.steps_in(1, last=True) == 10, "a study of one round"
+    assert early.correction.steps_in(1, 3, 1) == 40
+    assert early.correction.steps_in(2, 3, 1) == 10
+    assert early.correction.steps_in(1, 1, 1) == 10, "a study of one round"
     assert not LATE.decide(history(1.0)).correct
     slow = early.decide(history(1.0, 1.0, corrected=(1,)))
     assert not slow.correct, "then it waits as after any other"
@@ -250,6 +250,9 @@ def test_a_correction_is_judged_in_the_rounds_that_the_plan_says(judged, middle,
 def test_by_default_ours_corrects_once_after_the_first_round_and_silos_train_on_the_set_too():
     plus = FedDDPMPlus()
     assert plus.decide(history(1.0)).correct
+    assert plus.correction.steps_in(1, 30, 40) == 2 * 30 * 40, "twice as many as a silo takes"
+    assert plus.correction.steps_in(2, 30, 40) == 50
+    assert FedDDPM().correction.steps_in(1, 30, 40) == 50
     falls = history(1.0, 0.9, 0.8, 0.7, 0.7, 0.71, 0.71, corrected=(1,))
     assert not plus.decide(falls).correct
     assert not plus.decide(falls, last=True).correct
