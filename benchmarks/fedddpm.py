@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.fedddpm_pictures import draw_finals, draw_rounds, draw_sizes
 from benchmarks.fedddpm_tables import (
+    PAPER,
     PLUS,
-    SLOW,
     UNCORRECTED,
     Json,
     Runs,
@@ -114,7 +114,7 @@ def report(name: str) -> None:
     shown = "\n".join(part for part in parts if part)
     (folder / "table.md").write_text(shown, "utf-8")
     (folder / "rounds.md").write_text(rounds_table(runs), "utf-8")
-    found = {plus: ratios(competing, plus) for plus in (PLUS, SLOW) if plus in runs}
+    found = {plus: ratios(competing, plus) for plus in PAPER if plus in runs}
     (folder / "ratios.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     draw = draw_rounds if PLUS in runs else draw_sizes if "auxiliary" in name else draw_finals
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")

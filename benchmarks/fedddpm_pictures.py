@@ -10,7 +10,6 @@ from benchmarks.fedddpm_tables import (
     METRICS,
     PAPER,
     PLUS,
-    SLOW,
     Runs,
     auxiliary_sets,
     evaluations,
@@ -19,7 +18,7 @@ from benchmarks.fedddpm_tables import (
 
 _USUAL = ("fedavg", "scaffold", "fedadam")
 _CONTROLS = ("fedavg-double", "central", "auxiliary", "auxiliary-3x")
-SHOWN = (*_USUAL, PAPER, PLUS, SLOW, "fedddpm-plus-long", *_CONTROLS)
+SHOWN = (*_USUAL, *dict.fromkeys(PAPER.values()), *PAPER, *_CONTROLS)
 
 
 def draw_rounds(runs: Runs, path: Path) -> None:

@@ -12,9 +12,11 @@ from study.strategies import FedDDPMPlus, RoundRecord
 BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
 """The usual strategies; a run that is named fedadam-0-03, say, is one with another constant."""
 
-PLUS, PAPER = "fedddpm-plus", "fedddpm"
-UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
+PLUS, SHORT = "fedddpm-plus", "fedddpm-plus-short"
 SLOW = "fedddpm-plus-slow"  # corrected when learning is slow, and at the end; nothing is shared
+PAPER = {PLUS: "fedddpm-long", SHORT: "fedddpm", SLOW: "fedddpm"}
+"""Each recipe of FedDDPM+, and the run of FedDDPM that has thrice its correction steps."""
+UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
 
 Json = dict[str, Any]
 Runs = dict[str, list[Json]]
@@ -148,9 +150,9 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         found["difference_over_spread"] = _separation(
             finals(pair[1], "fid"), finals(pair[0], "fid")
         )
-    if pair := paired(plus, PAPER):
+    if pair := paired(plus, PAPER[plus]):
         steps = [mean(finals(some, "correction_steps")) for some in pair]
-        found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER)
+        found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER[plus])
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
     if pair := paired(plus, "fedavg"):
         fids = finals(pair[1], "fid")
@@ -201,15 +203,14 @@ _AIMS = {
 
 
 def ratios_table(runs: Runs) -> str:
-    """The ratios of the default with their aims, and those of the recipe that shares nothing."""
-    found = {name: ratios(runs, name) for name in (PLUS, SLOW)}
-    if not found[PLUS]:
+    """The ratios of the recipes of FedDDPM+ that were run, the default first, with their aims."""
+    found = {name: ratios(runs, name) for name in PAPER if name in runs}
+    if PLUS not in found:
         return ""
     names = dict.fromkeys(name for some in found.values() for name in some)
-    beside = f" {SLOW} |" if found[SLOW] else ""
-    lines = ["", f"| ratio | {PLUS} |{beside} aim |", "|---|--:|--:|" + "--:|" * bool(beside)]
+    lines = ["", f"| ratio | {' | '.join(found)} | aim |", "|---|" + "--:|" * (len(found) + 1)]
     for name in names:
-        cells = [_ratio(name, found[plus].get(name)) for plus in found if found[plus]]
+        cells = [_ratio(name, some.get(name)) for some in found.values()]
         aim = f"≤ {_AIMS[name]:.2f}" if name in _AIMS else ""
         lines.append(f"| `{name}` | {' | '.join(cells)} | {aim} |")
     return "\n".join(lines) + "\n"

@@ -234,6 +234,18 @@ def test_the_local_learning_rate_falls_geometrically_to_its_final_share():
     assert constant.optimizer_of(1) == constant.optimizer
 
 
+def test_the_first_correction_is_twice_a_silo_s_training_at_its_rate_unless_the_plan_says_otherwise():
+    plan = load_plan(EXAMPLE)
+    assert [plan.correction_steps(r) for r in (1, 2, 7)] == [2 * 7 * 100, 50, 50]
+    for r in range(1, 8):
+        assert plan.correction_rate(r) == plan.optimizer_of(r).learning_rate
+    ours = "first_correction_steps = 9\ncorrection_learning_rate = 0.5\n[evaluation]"
+    given = load_plan(changed("[evaluation]", ours))
+    assert (given.correction_steps(1), given.correction_rate(1)) == (9, 0.5)
+    with pytest.raises(ValueError, match="fedavg does not correct"):
+        load_plan(MINIMAL).correction_steps(1)
+
+
 def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
     plain = load_plan(EXAMPLE)
     conditional = load_plan(EXAMPLE.replace("[model]", "[model]\nclasses = 10"))
