@@ -115,8 +115,8 @@ def correct(
     kept: Path,
     out: Path,
 ) -> tuple[int, float]:
-    """Optimise the model on auxiliary images for so many seconds, on from where `kept` is; the steps
-    done by now, and the mean training loss.
+    """Optimise the model on auxiliary images for so many seconds, on from where `kept` is; the
+    steps done by now, and the mean training loss.
 
     After the last of them the model (or, to `average`, the moving average of its weights) is in
     `out`, before that what it takes to go on is in `kept`. In however many parts, it ends in the

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.audit import audit
+from diffusion.checkpoint import resume_from
 from diffusion.execution import Execution, choose_execution
 from diffusion.labels import drawn_labels
 from diffusion.model import build_model, load_vector

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffusion.batches import Images, Shared
-from diffusion.checkpoint import Checkpoint
+from diffusion.checkpoint import Checkpoint, resume_from
 from diffusion.execution import Execution
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from diffusion.training import train

@@ -53,8 +53,8 @@ class Corrected(Strategy):
     the silos' next local steps."""
 
     correction_learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """AdamW's step size in a correction after round 1; absent = optimizer.learning_rate, the silos'.
-    It falls from round to round as the silos' own does (rounds.final_learning_rate)."""
+    """AdamW's step size in a correction after round 1; absent = the silos' own,
+    optimizer.learning_rate. It falls from round to round as theirs does."""
 
     correction_average: When = "last"
     """In which rounds a correction ends in the moving average of its weights. The average samples

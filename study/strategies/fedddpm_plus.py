@@ -13,11 +13,11 @@ The aggregate of the first round is corrected in any case (`first_correction_ste
 `correct_last` that of the last as well.
 
 The defaults are the recipe that measured best, and not the paper's (docs/fedddpm.md): one long
-correction after the first round, twice as many steps as a silo takes in all; from then on silos draw half of each batch from the auxiliary set
-(`auxiliary_share`), which keeps them from drifting away from what it taught; and a correction later
-on only where the held-out loss goes up (τ = −0.05): a loss that stands still is that of a model
-that is nearly done, and a correction harms it. What is corrected late, without sharing, is undone
-by the silos' next local steps.
+correction after the first round, of twice as many steps as a silo takes in all; from then on silos
+draw half of each batch from the auxiliary set (`auxiliary_share`), which keeps them from drifting
+away from what it taught; and a correction later on only where the held-out loss goes up
+(τ = −0.05): a loss that stands still is that of a model that is nearly done, and a correction harms
+it. What is corrected late, without sharing, is undone by the silos' next local steps.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
 the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
@@ -51,8 +51,8 @@ class FedDDPMPlus(Corrected):
     none is. Without drift it does harm: 0 where all sites have the same kinds of images."""
 
     first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    """K of the correction after the first round, before the silos drift apart; absent = twice as many
-    as a silo takes in all rounds together, 0 = round 1 is like the others."""
+    """K of the correction after the first round, before the silos drift apart; absent = twice as
+    many as a silo takes in all rounds together, 0 = round 1 is like the others."""
 
     window: Annotated[int, Field(ge=1, le=10_000)] = 3
     """W: rounds an improvement is measured over."""

@@ -1,4 +1,4 @@
-"""A correction that takes long: done in parts, gone on with after a restart, ended by an operator."""
+"""A correction that takes long: done in parts, gone on with after a restart, ended when told."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_the_local_learning_rate_falls_geometrically_to_its_final_share():
     assert constant.optimizer_of(1) == constant.optimizer
 
 
-def test_the_first_correction_is_twice_a_silo_s_training_at_its_rate_unless_the_plan_says_otherwise():
+def test_the_first_correction_is_twice_a_silo_s_training_unless_the_plan_says_otherwise():
     plan = load_plan(EXAMPLE)
     assert [plan.correction_steps(r) for r in (1, 2, 7)] == [2 * 7 * 100, 50, 50]
     for r in range(1, 8):
