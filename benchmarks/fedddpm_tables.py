@@ -53,8 +53,10 @@ def _finals(runs: list[Json]) -> list[Json]:
 def table(runs: Runs) -> str:
     """What `METRICS` names of every run, in the end: mean ± standard deviation over the seeds;
     beside it that of the auxiliary set itself, in a row where all runs have the same, else in a
-    column (its images and its FID)."""
-    titles = " | ".join(title for _, title, _, _ in METRICS)
+    column (its images and its FID). Near-copies stand in a column where a run has them counted."""
+    counted = any("copies" in event for some in runs.values() for event in _finals(some))
+    metrics = (*METRICS, COPIES) if counted else METRICS
+    titles = " | ".join(title for _, title, _, _ in metrics)
     head = f"| run | seeds | local steps | correction steps | {titles} |"
     sets = {name: auxiliary_sets(some) for name, some in runs.items()}
     # By their size: one that was made again on another processor differs by rounding alone.
@@ -62,11 +64,11 @@ def table(runs: Runs) -> str:
     lines = [head + (" its auxiliary set: images, FID |" if differ else "")]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     if not differ and (most := max(sets.values(), key=len)):
-        lines.append(f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most))} |")
+        lines.append(f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most, metrics))} |")
     for name, some in runs.items():
         local = finals(some, "local_steps")[0]
         corrected = mean(finals(some, "correction_steps"))
-        row = [str(len(some)), str(local), f"{corrected:.0f}", *_cells(_finals(some))]
+        row = [str(len(some)), str(local), f"{corrected:.0f}", *_cells(_finals(some), metrics)]
         if differ:
             row.append(_described(sets[name]))
         lines.append(f"| {name} | {' | '.join(row)} |")
@@ -80,8 +82,11 @@ def _described(sets: list[Json]) -> str:
     return f"{images:.0f}: {_spread([event['fid'] for event in sets], 3)}"
 
 
-def _cells(measured: list[Json]) -> list[str]:
-    return [_spread([e[key] * scale for e in measured], n) for key, _, scale, n in METRICS]
+def _cells(measured: list[Json], metrics: tuple[Metric, ...]) -> list[str]:
+    return [
+        _spread([e[key] * scale for e in measured], n) if all(key in e for e in measured) else "–"
+        for key, _, scale, n in metrics
+    ]
 
 
 def rounds_table(runs: Runs) -> str:
@@ -108,7 +113,9 @@ def rounds_table(runs: Runs) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-METRICS = (
+Metric = tuple[str, str, float, int]
+
+METRICS: tuple[Metric, ...] = (
     ("fid", "FID", 1.0, 3),
     ("kid", "KID · 10³", 1e3, 2),
     ("coverage", "coverage", 1.0, 3),
@@ -116,6 +123,9 @@ METRICS = (
 )
 """Key, title, factor and digits of what an evaluation is shown by. The last is the coverage of the
 images of that silo whose images are covered least."""
+
+COPIES: Metric = ("copies", "near-copies", 1.0, 3)
+"""Share of samples nearer to a real image than 0.05 of these are to another; older runs lack it."""
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -1,4 +1,5 @@
-"""FID, KID and coverage of samples against all silos' images, by the plan's feature network."""
+"""FID, KID and coverage of samples against all silos' images, by the plan's feature network, and
+how many of them are near-copies of one of these images, by their pixels."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.silos import Federation
 from concilium.simulate.spec import Simulation
+from diffusion.audit import copy_share
 from diffusion.classifier import synthetic_to_real
 from diffusion.coverage import covered, neighbour_radii
 from diffusion.execution import Execution
@@ -40,6 +42,8 @@ class Measured:
     """Share of all real images that are covered."""
     coverage_by_silo: tuple[float, ...]
     """The same of each silo's own."""
+    copies: float
+    """Share of the samples that are near-copies of a real image, of whatever silo."""
     network: str
     """Feature network: figures of different ones never share a table."""
     network_sha256: str
@@ -105,22 +109,28 @@ class Ruler:
         if self._evaluation is None:
             raise ValueError("the plan has no [evaluation]")
         each = self._evaluation.samples // len(models)
-        return self._measure(np.concatenate([self._features(model, each) for model in models]))
+        drawn = [self._described(model, each, _FIRST_MEASURED) for model in models]
+        copies = float(np.mean([of_one["copies"] for of_one in drawn]))
+        return self._measure(np.concatenate([of_one["features"] for of_one in drawn]), copies)
 
     def judged_fid(self, model: Vector) -> float:
         """FID of samples that `of_model` never sees."""
         if self._evaluation is None:
             raise ValueError("the plan has no [evaluation]")
-        features = self._features(model, self._evaluation.samples, first=_FIRST_JUDGED)
+        features = self._described(model, self._evaluation.samples, _FIRST_JUDGED)["features"]
         return fid(self._moments, moments(features, self._center))
 
     def of_images(self, images: Images) -> Measured:
         """Of images that are there already."""
         if self._evaluation is None:
             raise ValueError("the plan has no [evaluation]")
-        return self._measure(self._network.extract(images))
+        return self._measure(self._network.extract(images), self._copies(images))
 
-    def _measure(self, features: Vector) -> Measured:
+    def _copies(self, images: Images) -> float:
+        real, quantile = np.concatenate(self._federation.images), self._plan.copy_quantile
+        return copy_share(images, real, quantile=quantile)
+
+    def _measure(self, features: Vector, copies: float) -> Measured:
         inside = covered(self._real, features, self._radii)
         ends = np.cumsum([len(own) for own in self._by_silo])[:-1]
         return Measured(
@@ -129,24 +139,28 @@ class Ruler:
             kid=kid(self._real, features),
             coverage=float(inside.mean()),
             coverage_by_silo=tuple(float(own.mean()) for own in np.split(inside, ends)),
+            copies=copies,
             network=self._name,
             network_sha256=FEATURE_NETWORKS[self._name].sha256,
         )
 
-    def _features(self, model: Vector, n: int, first: int = _FIRST_MEASURED) -> Vector:
+    def _described(self, model: Vector, n: int, first: int) -> Arrays:
+        """Features, and the share of near-copies, of so many samples from number `first` on."""
         inputs = {
             **self._samples_of(model),
-            "what": "features of samples",
+            "what": "features of samples, and near-copies",
             "network": self._evaluation and self._evaluation.sha256,
-            "samples": n,
+            "data": self._federation.digest,
+            "quantile": self._plan.copy_quantile,
+            "samples": [first, n],
         }
-        if first != _FIRST_MEASURED:
-            inputs["first"] = first
 
         def compute() -> Arrays:
-            return {"features": self._network.extract(self._images(model, n, first))}
+            images = self._images(model, n, first)
+            copies = np.array(self._copies(images))
+            return {"features": self._network.extract(images), "copies": copies}
 
-        return self._memo.get(inputs, compute)["features"]
+        return self._memo.get(inputs, compute)
 
     def _samples_of(self, model: Vector) -> dict[str, Any]:
         """What samples of a model depend on besides their number."""

@@ -70,6 +70,15 @@ def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> Non
     assert "| fedavg | 20 | 0.800 ± 0.000 | 0.400 ± 0.141 |" in by_round
 
 
+def test_near_copies_stand_in_the_table_where_they_were_counted() -> None:
+    one, two = made(1, 0.5), made(2, 0.5)
+    for run, share in ((one, 0.02), (two, 0.04)):
+        run["events"][-1]["copies"] = share
+    head, _, *rows = tables.table({"fedavg": [one, two], "scaffold": [made(1, 0.4)]}).splitlines()
+    assert head.endswith("| near-copies |")
+    assert [row.split("|")[-2].strip() for row in rows] == ["0.030 ± 0.014", "–"]
+
+
 def test_the_first_correction_is_read_off_a_run_without_any() -> None:
     losses = [1.0, 0.5, 0.38, 0.37, 0.365]
     events = []
