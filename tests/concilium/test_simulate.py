@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from concilium.datasets import digits
 from concilium.simulate.memo import Memo
@@ -174,9 +175,9 @@ def test_a_simulation_killed_in_any_round_ends_in_the_numbers_of_one_that_was_no
 ) -> None:
     path, out = study(tmp_path, {"plus": PLUS}), tmp_path / "out"
     command = [sys.executable, "-m", "concilium", "simulate", str(path), "--out", str(out)]
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    # Another number of threads adds in another order.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=threads)
     metrics = out / "plus-3" / "metrics.jsonl"
     end = time.monotonic() + 240
     while not (metrics.exists() and '"event": "round"' in metrics.read_text("utf-8")):
