@@ -64,7 +64,9 @@ def table(runs: Runs) -> str:
     lines = [head + (" its auxiliary set: images, FID |" if differ else "")]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     if not differ and (most := max(sets.values(), key=len)):
-        lines.append(f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most, metrics))} |")
+        lines.append(
+            f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most, metrics))} |"
+        )
     for name, some in runs.items():
         local = finals(some, "local_steps")[0]
         corrected = mean(finals(some, "correction_steps"))

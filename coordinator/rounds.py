@@ -113,7 +113,8 @@ class Rounds(Steps):
             path(bytes.fromhex(auxiliary["held_out"])),
             self._labels(auxiliary, "held_out"),
         )
-        now = RoundRecord(number, loss, silo_loss=step["loss"])
+        summed = await self._result(f"round {number:05} sum")
+        now = RoundRecord(number, loss, **_of_the_silos(summed, step))
         history = [*await self._history(number), now]
         last = number == self._plan.rounds.count
         decision = self._plan.strategy.decide(history, last)
@@ -126,9 +127,10 @@ class Rounds(Steps):
             done = await self._tools.store.do(results.of_rounds, self._live.id, earlier, earlier)
             decision = done[f"round {earlier:05} decision"]
             after = done.get(f"round {earlier:05} corrected", {}).get("loss_after")
-            silos = done[f"round {earlier:05} model"]["loss"]
+            summed, model = (done[f"round {earlier:05} {step}"] for step in ("sum", "model"))
+            silos = _of_the_silos(summed, model)
             history.append(
-                RoundRecord(earlier, decision["loss"], after, decision["correct"], silos)
+                RoundRecord(earlier, decision["loss"], after, decision["correct"], **silos)
             )
         return history
 
@@ -286,3 +288,9 @@ class Rounds(Steps):
     def _forget_corrections(self) -> None:
         """Drop what corrections that are over, or will not be ended, have kept."""
         shutil.rmtree(self._home.corrections(self._live.id), ignore_errors=True)
+
+
+def _of_the_silos(summed: Json, step: Json) -> Json:
+    """Their loss in a round, and whose it is: a new epoch has other weights."""
+    loss = None if step["faults"] else step["loss"]
+    return {"silo_loss": loss, "silos": (summed["epoch"], *summed["silos"])}

@@ -196,6 +196,13 @@ class Plan(Spec):
                 f'strategy.kind = "{self.strategy.kind}" corrects on auxiliary images: '
                 "add [auxiliary] with `images = …`, or use another strategy"
             )
+        watched = getattr(self.strategy, "signal", "auxiliary")
+        if watched == "silos" and self.rounds.participation < 1.0:
+            raise ValueError(
+                f'strategy.signal = "silos" compares rounds of the same silos, but with '
+                f"rounds.participation = {self.rounds.participation} others train in each: use "
+                'signal = "auxiliary", or let all of them train'
+            )
         share, batch = self.strategy.local_rules().auxiliary_share, self.optimizer.batch_size
         if share and shared_rows(share, batch) < 1:
             raise ValueError(

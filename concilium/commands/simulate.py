@@ -12,6 +12,7 @@ from concilium.commands.coordinator import plainly
 from concilium.datasets import DataMissing
 from concilium.simulate.spec import Point, load_sweep
 from concilium.simulate.sweep import run_sweep
+from silo.errors import SiloError
 
 
 @click.command("simulate")
@@ -47,7 +48,7 @@ def command(study: Path, out: Path, secure_sum: bool, ray: str | None) -> None:
             last = result["last"]
             fid = f"FID {last['fid']:.4f}" if last else "no [evaluation]"
             console.print(f"{result['run']}-{result['seed']}: {fid}, in {out}")
-    except (DataMissing, ValueError) as error:
+    except (DataMissing, SiloError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

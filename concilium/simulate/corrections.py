@@ -60,7 +60,7 @@ class Corrections:
         return Shared(*self._training, part) if part else None
 
     def decide(
-        self, number: int, model: Vector, history: list[RoundRecord], silo_loss: float
+        self, number: int, model: Vector, history: list[RoundRecord], silo_loss: float | None
     ) -> tuple[Vector, RoundRecord, list[Json]]:
         """The model after the decision of this round, its record, and the lines about it."""
         before = self._held_out_loss(model)

@@ -250,7 +250,7 @@ def _draw(task: _SiloTask) -> Images:
     if plan.auxiliary is None or task.weights is None:
         raise ValueError("the plan has no [auxiliary]")
     seed = derived_seed(task.secret, "local model")
-    kept: list[Images] = []
+    kept: list[Images] = [np.empty((0, *_drawn_shape(plan)), np.uint8)]
     drawn = found = 0
     while found < task.wanted and drawn < _MOST_DRAWS_PER_IMAGE * task.wanted + 16:
         missing = task.wanted - found
@@ -263,6 +263,11 @@ def _draw(task: _SiloTask) -> Images:
         kept.append(samples[keep] if labels is None else with_labels(samples[keep], labels[keep]))
         drawn, found = drawn + n, found + int(keep.sum())
     return np.concatenate(kept)[: task.wanted]
+
+
+def _drawn_shape(plan: Plan) -> tuple[int, ...]:
+    """Of an image, or of a conditional model's image after its label."""
+    return plan.data.shape if plan.model.classes is None else (plan.record_size - 1,)
 
 
 def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) -> Arrays:
@@ -288,7 +293,7 @@ def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) 
         sent["image_bytes"] = np.array(summed.nbytes)
         return {**_collected(summed, plan), **sent}
     name = hashlib.sha256(total.tobytes()).digest()
-    occupied, size = len(renumber(total)), 1 + samples[0][0].size
+    occupied, size = len(renumber(total)), plan.record_size
     images_work = ImagesWork(tags=name.hex(), occupied=occupied, record_size=size)
     survivors = tuple(sorted(records))
     summed = secure.sum(images_work, 1, records, reservation=name, survivors=survivors)

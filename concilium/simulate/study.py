@@ -139,7 +139,9 @@ class Study:
             counters = {name: int(summed[name]) for name in ("saturated", "faults")}
             yield {"event": "round", "round": number, "loss": loss, "moved": moved, **counters}
             if corrections is not None:
-                model, record, lines = corrections.decide(number, model, history, loss)
+                model, record, lines = corrections.decide(
+                    number, model, history, None if counters["faults"] else loss
+                )
                 history.append(record)
                 yield from lines
                 for line in lines:

@@ -5,13 +5,14 @@
     OUT/<run>-<seed>/partition.txt  who holds what; partition.png the same as a picture
     OUT/<run>-<seed>/result.json    only when the run is over: its last evaluation
 
-A run whose result.json was made from the same point is not run again.
+A run whose result.json was made from the same point, and of the same defaults, is not run again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,11 +77,17 @@ def _on_ray(
     ray.init(address=None if address == "local" else address, log_to_driver=False)
     try:
         shared = {key: ray.put(images) for key, images in data.items()}
-        # A point only waits for its silos, so it takes no processor of its own.
-        remote = ray.remote(num_cpus=0)(_ray_point)
-        running = [remote.remote(point, shared[_data_key(point)], out) for point in points]
-        for result in running:
-            yield ray.get(result)
+        # While it waits for its silos it gives its processor back. No more points at once than
+        # there are processors: each holds the images of its silos.
+        remote = ray.remote(num_cpus=1)(_ray_point)
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        running: deque[Any] = deque()
+        for point in points:
+            if len(running) == most:
+                yield ray.get(running.popleft())
+            running.append(remote.remote(point, shared[_data_key(point)], out))
+        while running:
+            yield ray.get(running.popleft())
     finally:
         ray.shutdown()
 
@@ -106,10 +113,12 @@ def run_point(
 ) -> Json:
     """The result of a point: its identity, and its last evaluation."""
     folder, identity = out / point.label, identity_of(point)
+    # With all defaults: what the program takes by default may change.
+    plan = point.plan.model_dump(mode="json")
     known = folder / "result.json"
     if known.exists():
         result: Json = json.loads(known.read_text("utf-8"))
-        if result["identity"] == identity:
+        if (result["identity"], result.get("plan")) == (identity, plan):
             return result
     folder.mkdir(parents=True, exist_ok=True)
     known.unlink(missing_ok=True)
@@ -130,6 +139,7 @@ def run_point(
         "run": point.name,
         "seed": point.seed,
         "identity": identity,
+        "plan": plan,
         "auxiliary": auxiliary,
         "last": last,
     }

@@ -84,7 +84,11 @@ class RoundRecord:
     """The same after the correction, where there was one."""
     corrected: bool = False
     silo_loss: float | None = None
-    """Mean training loss of the round over the silos, weighted by their counts: a secure sum."""
+    """Training loss of the round, Σ w_i l_i over the silos that were summed: a secure sum. None
+    where one of them had a fault: then nobody knows whose losses it adds."""
+    silos: tuple[object, ...] = ()
+    """Who was summed, under which weights. The losses of two rounds compare where these are the
+    same: without one silo the sum is smaller, whatever anybody learned."""
 
 
 @dataclass(frozen=True)

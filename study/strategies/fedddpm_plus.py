@@ -20,9 +20,10 @@ away from what it taught; and a correction later on only where the held-out loss
 it. What is corrected late, without sharing, is undone by the silos' next local steps.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
-the round carries anyway. It costs nothing, but its random numbers differ from round to round, and
-it is the loss of local models on what they train on (their own images, with `auxiliary_share` the
-auxiliary ones too), which also falls where the global model learns nothing.
+the round carries anyway; a round compares with one of the same silos alone. It costs nothing, but
+its random numbers differ from round to round, and it is the loss of local models on what they train
+on (their own images, with `auxiliary_share` the auxiliary ones too), which also falls where the
+global model learns nothing.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ class FedDDPMPlus(Corrected):
             numbers["rounds_completed"] = len(history)
             return Decision(False, f"needs {W + 1} completed rounds, has {len(history)}", numbers)
         now, then = history[-1], history[-1 - W]
+        if self.signal == "silos" and now.silos != then.silos:
+            why = f"rounds {then.round} and {now.round} summed the losses of other silos"
+            return Decision(False, why, numbers)
         before, after = self._loss(then), self._loss(now)
         if before is None or after is None:
             return Decision(False, "no loss was measured", numbers)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from concilium.commands.simulate import command
 from concilium.datasets import digits
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
@@ -22,6 +24,7 @@ from concilium.simulate.spec import Point, load_sweep
 from concilium.simulate.study import Study
 from concilium.simulate.sweep import run_sweep
 from study.problems import PlanError
+from study.reservation import share
 
 STUDY = """
 [study]
@@ -168,6 +171,26 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     assert again == {name: table[name] for name in ("plus-3", "default-3")}
     other = study(tmp_path, {"plus": PLUS}, **{"seeds = [3]": "seeds = [4]"})
     assert simulate(other, tmp_path / "other")["plus-4"] != table["plus-3"]
+
+
+def test_a_silo_that_has_no_image_to_give_gives_none(tmp_path: Path) -> None:
+    few = {"images = 60": "images = 10", "images = 300": "images = 1000"}
+    skewed = {'{labels = "dirichlet", alpha = 0.5}': "{quantity = 0.3}", "[3]": "[6]"}
+    path = study(tmp_path, {"plus": f"secure_sum = true\n{PLUS}"}, **few, **skewed)
+    silos = federate(next(load_sweep(path).points()), digits())
+    assert 0 in [share(10, n, silos.total) for n in silos.counts]
+    assert events(path, tmp_path / "memo")[0]["images"] > 0
+
+
+def test_a_conditional_study_says_which_silo_has_too_few_images_of_every_class(
+    tmp_path: Path,
+) -> None:
+    few = {"images = 300": "images = 80", '{labels = "dirichlet", alpha = 0.5}': "{}"}
+    path = study(tmp_path, {"plus": f"{PLUS}\nplan.model = {{classes = 10}}"}, **few)
+    done = CliRunner().invoke(command, [str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("Error: ")
+    assert "class" in done.output
 
 
 def test_a_simulation_killed_in_any_round_ends_in_the_numbers_of_one_that_was_not(

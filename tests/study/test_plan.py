@@ -246,6 +246,14 @@ def test_the_first_correction_is_twice_a_silo_s_training_unless_the_plan_says_ot
         load_plan(MINIMAL).correction_steps(1)
 
 
+def test_the_silos_loss_is_no_signal_where_others_train_in_every_round():
+    watched = "tau = -0.05\nsignal = "
+    assert load_plan(changed("tau = -0.05", watched + '"silos"')).strategy.signal == "silos"
+    text = changed("tau = -0.05", watched + '"silos"')
+    with pytest.raises(PlanError, match=r"participation = 0.7 others train in each: use signal"):
+        load_plan(text.replace("count = 7", "count = 7\nparticipation = 0.7"))
+
+
 def test_a_conditional_plan_has_a_digest_of_its_own_and_longer_records():
     plain = load_plan(EXAMPLE)
     conditional = load_plan(EXAMPLE.replace("[model]", "[model]\nclasses = 10"))

@@ -238,6 +238,27 @@ def test_the_first_round_is_corrected_in_any_case_where_steps_are_given_for_it()
     assert not slow.correct, "then it waits as after any other"
 
 
+def test_losses_of_other_silos_are_not_compared():
+    watching = FedDDPMPlus(window=1, tau=0.05, signal="silos", first_correction_steps=0)
+    every, fewer = (1, "a", "b", "c"), (1, "a", "b")
+
+    def records(*rounds):
+        return [RoundRecord(r, 1.0, None, False, *own) for r, own in enumerate(rounds, 1)]
+
+    # All learn: by 10 % a round. "c" is missing in the second, whose sum is smaller for it.
+    lost = records((1.0, every), (0.6, fewer))
+    back = [*lost, RoundRecord(3, 1.0, None, False, 0.8, every)]
+    for told in (lost, back):
+        decision = watching.decide(told)
+        assert not decision.correct
+        assert "other silos" in decision.reason
+    assert "improvement" not in watching.decide(back).numbers
+    assert watching.decide(records((0.6, fewer), (0.6, fewer))).correct
+    assert not watching.decide(records((1.0, every), (None, every))).correct, "a fault"
+    auxiliary = watching.model_copy(update={"signal": "auxiliary"})
+    assert auxiliary.decide(lost).correct, "which is not theirs"
+
+
 @pytest.mark.parametrize(
     ("judged", "middle", "end"),
     [("never", False, False), ("last", False, True), ("always", True, True)],
