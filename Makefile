@@ -19,7 +19,7 @@ PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --q
 
 PACKAGES := secagg kernels protos diffusion study silo coordinator concilium
 
-.PHONY: help demo test test-slow failpoints coverage soak fuzz bench-step bench-kernels gpu-session check lint format types contracts stubs stubs-check clean FORCE
+.PHONY: help demo test test-ray test-slow failpoints coverage soak fuzz bench-step bench-kernels gpu-session check lint format types contracts stubs stubs-check clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,9 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
+
+test-ray: $(VENV)/.ray ## a sweep over a local Ray cluster gives the same numbers
+	@$(BIN)/python -m pytest -m slow tests/concilium/test_ray.py $(ARGS)
 
 test-slow: $(VENV)/.test ## the long proofs that `make test` leaves out
 	@$(BIN)/python -m pytest -m slow $(ARGS)
@@ -138,6 +141,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.demo
 	@echo "==> what the tests need"
 	@$(PIP) -c $(PINS) --group test
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.test
+	@echo "==> Ray"
+	@$(PIP) -c $(PINS) --no-build-isolation --editable '.[ray]'
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fedddpm digits              run what is missing; then the table and picture
     python -m benchmarks.fedddpm digits --report     the table and the picture of what was run
-    python -m benchmarks.fedddpm fashion-mnist --seeds 1
+    python -m benchmarks.fedddpm --seeds 1           of fashion-mnist
 
 Each name is a file of benchmarks/studies/, which `concilium simulate` could run as well. Every run
 leaves benchmarks/results/fedddpm/NAME/RUN-SEED.json; a run that is there is not repeated. Models
@@ -148,7 +148,7 @@ def _include(name: str, text: str) -> None:
 def main() -> None:
     names = sorted(path.stem for path in (HERE / "studies").glob("*.toml"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("study", choices=names)
+    parser.add_argument("study", choices=names, nargs="?", default="fashion-mnist")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these")
     parser.add_argument("--runs", nargs="*", default=[], help="only these")

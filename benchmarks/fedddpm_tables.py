@@ -53,9 +53,10 @@ def _finals(runs: list[Json]) -> list[Json]:
 def table(runs: Runs) -> str:
     """What `METRICS` names of every run, in the end: mean ± standard deviation over the seeds;
     beside it that of the auxiliary set itself, in a row where all runs have the same, else in a
-    column (its images and its FID). Near-copies stand in a column where a run has them counted."""
-    counted = any("copies" in event for some in runs.values() for event in _finals(some))
-    metrics = (*METRICS, COPIES) if counted else METRICS
+    column (its images and its FID). What `SOMETIMES` names has a column where a run has it.
+    Below it the feature network, which has to be the same of all."""
+    ends = [event for some in runs.values() for event in _finals(some)]
+    metrics = (*METRICS, *(m for m in SOMETIMES if any(m[0] in event for event in ends)))
     titles = " | ".join(title for _, title, _, _ in metrics)
     head = f"| run | seeds | local steps | correction steps | {titles} |"
     sets = {name: auxiliary_sets(some) for name, some in runs.items()}
@@ -74,6 +75,10 @@ def table(runs: Runs) -> str:
         if differ:
             row.append(_described(sets[name]))
         lines.append(f"| {name} | {' | '.join(row)} |")
+    networks = {(event["network"], event["network_sha256"]) for event in ends}
+    if len(networks) > 1:
+        raise ValueError(f"figures of different feature networks make no table: {networks}")
+    lines += ["", *(f"Features: `{name}`, SHA-256 {sha256[:16]}…" for name, sha256 in networks)]
     return "\n".join(lines) + "\n"
 
 
@@ -126,8 +131,12 @@ METRICS: tuple[Metric, ...] = (
 """Key, title, factor and digits of what an evaluation is shown by. The last is the coverage of the
 images of that silo whose images are covered least."""
 
-COPIES: Metric = ("copies", "near-copies", 1.0, 3)
-"""Share of samples nearer to a real image than 0.05 of these are to another; older runs lack it."""
+SOMETIMES: tuple[Metric, ...] = (
+    ("copies", "near-copies", 1.0, 3),
+    ("accuracy", "accuracy", 1.0, 3),
+)
+"""Share of samples nearer to a real image than 0.05 of these are to another, which older runs lack;
+and, of conditional models, how many real images a classifier trained on samples tells apart."""
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -166,6 +175,13 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         steps = [mean(finals(some, "correction_steps")) for some in pair]
         found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER[plus])
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
+    for other in sorted({*PAPER.values()} - {PAPER[plus]}):
+        if pair := paired(plus, other):
+            steps = [mean(finals(some, "correction_steps")) for some in pair]
+            found[f"fid_vs_{other}"], found[f"steps_vs_{other}"] = (
+                of_fids(plus, other),
+                steps[0] / steps[1],
+            )
     if pair := paired(plus, "fedavg"):
         fids = finals(pair[1], "fid")
         found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(fids))

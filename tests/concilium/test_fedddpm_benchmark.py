@@ -17,6 +17,7 @@ def made(seed: int, *fids: float, steps: int = 0, set_fid: float | None = None) 
     """A run that was evaluated in every tenth round."""
     events: list[dict[str, Any]] = []
     covered = {"kid": 0.002, "coverage": 0.2, "coverage_by_silo": [0.3, 0.1]}
+    covered |= {"network": "digits", "network_sha256": "ab" * 32}
     if set_fid is not None:
         events.append({"event": "auxiliary", "images": 90, "fid": set_fid, **covered})
     for k, fid in enumerate(fids, 1):
@@ -50,6 +51,8 @@ def test_the_ratios_are_those_of_the_means_and_the_rounds_of_each_seed() -> None
     assert "| 0.571 | 0.857 | ≤ 0.90 |" in rows["`fid_vs_best_baseline`"]
     assert "| 0.333 | **0.500** (missed) | ≤ 0.33 |" in rows["`plus_steps_vs_fedddpm`"]
     assert "| 0.667 | 0.750 | ≤ 1.05 |" in rows["`plus_fid_vs_fedddpm`"], "each beside its own"
+    assert "| 0.500 | – |" in rows["`fid_vs_fedddpm`"]
+    assert "| 0.333 | – |" in rows["`steps_vs_fedddpm`"]
 
 
 def test_another_constant_of_a_usual_strategy_competes_where_it_has_all_the_seeds() -> None:
@@ -60,7 +63,8 @@ def test_another_constant_of_a_usual_strategy_competes_where_it_has_all_the_seed
 
 
 def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> None:
-    head, _, union, *rows = tables.table(RUNS).splitlines()
+    head, _, union, *rows, empty, features = tables.table(RUNS).splitlines()
+    assert (empty, features) == ("", "Features: `digits`, SHA-256 abababababababab…")
     assert head.endswith("| coverage | worst silo's coverage |")
     assert union == "| *the auxiliary set* | 1 | | | 0.040 | 2.00 | 0.200 | 0.100 |"
     assert len(rows) == len(RUNS)
@@ -74,9 +78,13 @@ def test_near_copies_stand_in_the_table_where_they_were_counted() -> None:
     one, two = made(1, 0.5), made(2, 0.5)
     for run, share in ((one, 0.02), (two, 0.04)):
         run["events"][-1]["copies"] = share
-    head, _, *rows = tables.table({"fedavg": [one, two], "scaffold": [made(1, 0.4)]}).splitlines()
+    other = made(1, 0.4)
+    head, _, *rows = tables.table({"fedavg": [one, two], "scaffold": [other]}).splitlines()
     assert head.endswith("| near-copies |")
-    assert [row.split("|")[-2].strip() for row in rows] == ["0.030 ± 0.014", "–"]
+    assert [row.split("|")[-2].strip() for row in rows[:2]] == ["0.030 ± 0.014", "–"]
+    other["events"][-1]["network_sha256"] = "cd" * 32
+    with pytest.raises(ValueError, match="different feature networks"):
+        tables.table({"fedavg": [one, two], "scaffold": [other]})
 
 
 def test_the_first_correction_is_read_off_a_run_without_any() -> None:
