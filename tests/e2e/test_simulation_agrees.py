@@ -80,7 +80,6 @@ images = 40
 
 [strategy]
 kind = "fedddpm_plus"
-first_correction_steps = 2
 """
 LIMIT_SECONDS = 600.0
 
