@@ -181,7 +181,12 @@ def _launch_mask_add(
     programs = triton.cdiv(skip + words.numel(), lanes * per_block)
     partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
     given = rounding or (None,) * 9
-    delta, residual, carried, ends, up, down, bounds, point, rounding_key = given
+    # The kernel reads one element after the other, whatever the strides; vectors have none here.
+    keys, signs = keys.contiguous(), signs.contiguous()
+    delta, residual, carried = given[:3]
+    ends, up, down, bounds, point, rounding_key = (
+        value if value is None else value.contiguous() for value in given[3:]
+    )
     n_tensors = 0 if ends is None else ends.numel()
     if words.numel():
         with on_device_of(words):
@@ -388,4 +393,5 @@ def _as_words(key: Tensor) -> Tensor:
     """Little-endian 32-bit words of keys, as RFC 8439 section 2.3 reads them."""
     if not key.numel():
         return key.new_empty((0, 8), dtype=torch.int32)
-    return key.contiguous().view(torch.int32)
+    # A copy, since bytes may start anywhere in memory and words may not.
+    return key.clone(memory_format=torch.contiguous_format).view(torch.int32)

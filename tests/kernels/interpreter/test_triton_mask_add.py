@@ -75,6 +75,45 @@ def test_masks_from_any_element_on(ring, n_keys):
         assert torch.equal(words, want)
 
 
+def _strided(x):
+    """The same numbers with others between them."""
+    wide = torch.stack([x, x.flip(0)], -1)
+    return wide[..., 0]
+
+
+def test_signs_may_be_expanded():
+    keys, _ = _keys(2)
+    words, signs = torch.arange(-50, 50, dtype=torch.int16), torch.tensor(-1).expand(2)
+    want = words.clone()
+    _launch_mask_add(words, keys, signs)
+    add_masks_reference_(want, keys, signs, 0)
+    assert torch.equal(words, want)
+
+
+@pytest.mark.parametrize("ring", [8, 16, 32])
+def test_what_is_given_may_be_strided(ring):
+    keys, signs, sizes = _keys(2)[0], torch.tensor([-1, 7, 1])[::2], (3, 1, 40)
+    q = Quantiser.of(
+        ring=ring, sizes=sizes, clips=[0.5, 0.25, 1.0], count=37, total_count=101, scale=100
+    )
+    delta, residual = torch.randn(2, sum(sizes))
+    constants = (q.ends, q.up, q.down, q.bounds, q.point, keys[0])
+    words, want = torch.empty(2, sum(sizes), dtype=RING_DTYPES[ring])
+    carried, rest = torch.empty(2, sum(sizes))
+    strided = tuple(map(_strided, constants))
+    given = (delta, residual, carried, *strided)
+    _launch_mask_add(words, keys.T.contiguous().T, signs, rounding=given)
+    mask_add_reference(want, delta, residual, rest, *constants, keys, signs)
+    assert torch.equal(words, want)
+    assert torch.equal(carried, rest)
+
+
+def test_the_bytes_of_a_key_may_lie_anywhere():
+    many = torch.randint(0, 256, (70,), dtype=torch.uint8)
+    for start in (0, 1, 4, 7):
+        assert torch.equal(_as_words(many[start:][:32]), _as_words(many[start:][:32].clone()))
+
+
 @pytest.mark.parametrize("sizes", [(1,), (3, 1, 100, 4200)])
 @pytest.mark.parametrize("ring", [8, 16, 32])
 def test_quantised_and_masked(ring, sizes):
