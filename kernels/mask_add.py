@@ -212,12 +212,20 @@ def _stream_elements(key: Tensor, first: int, count: int, dtype: torch.dtype) ->
     return words.view(dtype)[skip : skip + count]
 
 
+def _check_signs(signs: Tensor) -> None:
+    """On the CPU only, where looking costs nothing; it would stall a GPU's queue."""
+    wrong = sorted(set(signs.tolist()) - {1, -1})
+    if wrong:
+        raise ValueError(f"masks: signs holds {wrong[:8]}; a mask is added (+1) or subtracted (-1)")
+
+
 def add_masks_reference_(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
+    _check_signs(signs)
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK]
         for key, sign in zip(keys, signs.tolist(), strict=True):
             masks = _stream_elements(key, first + start, part.numel(), words.dtype)
-            part.add_(masks if sign > 0 else -masks)
+            part.add_(-masks if sign < 0 else masks)
 
 
 def _round_reference(
@@ -238,6 +246,7 @@ def mask_add_reference(
     down: Tensor, bounds: Tensor, point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
 ) -> Tensor:  # fmt: skip
     """Fill `words` and `carried`; the numbers of clipped and of not finite elements."""
+    _check_signs(signs)  # before anything is written
     counts = torch.zeros(2, dtype=torch.int64, device=words.device)
     wide = words.dtype == torch.int32
     for start in range(0, words.numel(), _CHUNK):
@@ -344,20 +353,28 @@ def mask_add(
     ``rounding_key``: 32 bytes, uint8 ``(32,)``, the same for all silos of a sum and different ones
     for each sum, no secret (``docs/secure-sum.md``, *D: a delta*). ``keys``: uint8 ``(N, 32)``,
     each for one vector only; N = 0 quantises without masks. ``signs``: +1 or -1, int64 ``(N,)``.
+    ``quantiser``: that of exactly n elements, on the same device.
 
     ``words``: int8, int16 or int32 ``(n,)``, the two's complement of the unsigned ring elements.
     ``carried``: float32 ``(n,)``, what the words leave out. ``counts``: int64 ``(2,)``, the
     elements beyond their clip and those not finite. Where the second is not zero the words mean
     nothing: never send them, mask a vector of zeros with :func:`add_masks_` instead.
 
-    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and for a
-    vector longer than one keystream. RFC 8439; arXiv 1901.09847.
+    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, length or device, for
+    a vector longer than one keystream and, on the CPU, for any other sign (on CUDA, where looking
+    would stall the queue, what is negative subtracts and all else adds). RFC 8439; arXiv
+    1901.09847.
     """
     op = "mask_add"
     for name, value in (("delta", delta), ("residual", residual)):
         check_dtype(op, name, value, (torch.float32,))
         _check_vector(op, name, value)
     check_same_shape(op, "residual", residual, "delta", delta)
+    if delta.numel() != quantiser.total:
+        raise ValueError(
+            f"{op}: delta has {delta.numel()} elements, the quantiser's tensors {quantiser.total}; "
+            "make it with Quantiser.of(sizes=...) of the tensors that were flattened into delta"
+        )
     check_dtype(op, "rounding_key", rounding_key, (torch.uint8,))
     if rounding_key.shape != (32,):
         raise ValueError(f"{op}: rounding_key must be 32 bytes, got {tuple(rounding_key.shape)}")
@@ -376,8 +393,9 @@ def add_masks_(words: Tensor, *, keys: Tensor, signs: Tensor, first: int = 0) ->
     """words <- words + sum_k signs_k keystream(keys_k) mod 2^b, in place.
 
     ``words``: int8, int16 or int32 ``(n,)``, contiguous: elements ``first`` ... ``first`` + n - 1
-    of a vector. ``keys``, ``signs`` as for :func:`mask_add`. Raises ``TypeError`` for a wrong
-    dtype, ``ValueError`` for a wrong shape or device and past the end of a keystream. RFC 8439.
+    of a vector. ``keys``, ``signs`` as for :func:`mask_add`, signs other than +1 and -1 too. Raises
+    ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and past the end of
+    a keystream. RFC 8439.
     """
     op = "add_masks_"
     check_dtype(op, "words", words, tuple(_RINGS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,9 @@ class Quantiser:
     """The constants of one silo's encoding, on the device; made by :meth:`of`."""
 
     ring: int
+    total: int
+    """Elements of all tensors: what a vector must have. Known to the host, which then need not ask
+    the device for `ends`."""
     ends: Tensor
     """Where each tensor ends in the flat vector, int64 (L,)."""
     up: Tensor
@@ -49,8 +53,12 @@ class Quantiser:
         """
         if ring not in RING_DTYPES:
             raise ValueError(f"mask_add: ring must be 8, 16 or 32, got {ring}")
-        if len(sizes) != len(clips) or not sizes or min(sizes) < 1 or min(clips) <= 0.0:
-            raise ValueError("mask_add: give one size >= 1 and one clip > 0 for every tensor")
+        right = all(0.0 < clip < math.inf for clip in clips)  # not so for NaN
+        if len(sizes) != len(clips) or not sizes or min(sizes) < 1 or not right:
+            raise ValueError(
+                "mask_add: give one size >= 1 and one finite clip > 0 for every tensor, got sizes "
+                f"{_some(sizes)} and clips {_some(clips)}"
+            )
         if not 1 <= count <= total_count or not 1 <= scale < 1 << ring - 1:
             raise ValueError(
                 f"mask_add: count {count} of {total_count} or scale {scale} is out of range"
@@ -66,12 +74,17 @@ class Quantiser:
 
         return cls(
             ring=ring,
+            total=sum(sizes),
             ends=on_device(list(accumulate(sizes)), torch.int64),
             up=on_device([share / clip for clip in clips]),
             down=on_device([clip / share for clip in clips]),
             bounds=on_device([limit, share * (1 + 1e-6)]),
             point=on_device([_point(silo, wide=ring == 32)], torch.int32),
         )
+
+
+def _some(values: Sequence[float]) -> str:
+    return f"{list(values[:8])}" + (f" and {len(values) - 8} more" if len(values) > 8 else "")
 
 
 def _point(silo: int, *, wide: bool) -> int:

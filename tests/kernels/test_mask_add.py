@@ -1,5 +1,7 @@
 """Quantise and mask: the bytes are those of the silo's CPU path, whatever the session."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -131,7 +133,7 @@ def test_a_keystream_ends_after_2_to_the_32_blocks():
     on_meta = {name: value.to("meta") for name, value in KEYS.items()}
     with pytest.raises(ValueError, match="2\\^32 blocks"):
         kernels.mask_add(
-            long, long, kernels.Quantiser(8, *(x.to("meta") for x in (
+            long, long, kernels.Quantiser(8, quantiser.total, *(x.to("meta") for x in (
                 quantiser.ends, quantiser.up, quantiser.down, quantiser.bounds, quantiser.point))),
             rounding_key=torch.empty(32, dtype=torch.uint8, device="meta"), **on_meta,
         )  # fmt: skip
@@ -149,6 +151,46 @@ def test_refusals_say_what_was_wrong():
         kernels.add_masks_(words, first=-1, **KEYS)
     with pytest.raises(ValueError, match="ring must be 8, 16 or 32"):
         kernels.Quantiser.of(ring=64, sizes=[1], clips=[1.0], count=1, total_count=1, scale=1)
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_a_vector_of_another_length_than_the_quantiser_s_is_refused(off_by, monkeypatch):
+    def called(*_):
+        raise AssertionError("the op must not see it: a GPU would read beyond the tensors")
+
+    monkeypatch.setattr(sys.modules["kernels.mask_add"], "_mask_add", called)
+    quantiser = kernels.Quantiser.of(
+        ring=16, sizes=[5, 3], clips=[1.0, 2.0], count=1, total_count=1, scale=9
+    )
+    delta = torch.zeros(8 + off_by)
+    with pytest.raises(ValueError, match=f"delta has {8 + off_by} elements, the quantiser's .* 8"):
+        kernels.mask_add(
+            delta, delta, quantiser, rounding_key=torch.zeros(32, dtype=torch.uint8), **KEYS
+        )
+
+
+@pytest.mark.parametrize("sign", [0, 2, -3])
+def test_a_sign_is_plus_or_minus_one(sign):
+    words, signs = torch.zeros(8, dtype=torch.int16), torch.tensor([1, sign])
+    quantiser = kernels.Quantiser.of(
+        ring=16, sizes=[8], clips=[1.0], count=1, total_count=1, scale=9
+    )
+    with pytest.raises(ValueError, match=rf"signs holds \[{sign}\]"):
+        kernels.add_masks_(words, keys=KEYS["keys"], signs=signs)
+    assert not words.any()  # refused before a mask was added
+    with pytest.raises(ValueError, match=rf"signs holds \[{sign}\]"):
+        kernels.mask_add(
+            torch.zeros(8), torch.zeros(8), quantiser, keys=KEYS["keys"], signs=signs,
+            rounding_key=torch.zeros(32, dtype=torch.uint8),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clip_is_positive_and_finite(clip):
+    with pytest.raises(ValueError, match="one finite clip > 0"):
+        kernels.Quantiser.of(
+            ring=16, sizes=[4, 4], clips=[1.0, clip], count=1, total_count=1, scale=9
+        )
 
 
 def test_what_lies_on_another_device_is_refused():
