@@ -49,10 +49,14 @@ from kernels.q_sample import per_sample, sqrt_rn
 
 
 @triton.jit
-def _alpha_bar_at(alpha_bar, t, n_steps):  # type: ignore[no-untyped-def]
-    """1 at t = -1, NaN elsewhere outside the table."""
-    value = tl.load(alpha_bar + t, mask=(t >= 0) & (t < n_steps), other=float("nan"))
-    return tl.where(t == -1, 1.0, value)
+def _schedule_at(alpha_bar, t, s, n_steps):  # type: ignore[no-untyped-def]
+    """(alpha_bar[t], alpha_bar[s]), the latter 1 for s = -1; NaN where t or s is outside the table
+    or s is not before t.
+    """
+    nan = float("nan")
+    a = tl.load(alpha_bar + t, mask=(t >= 0) & (t < n_steps), other=nan)
+    b = tl.load(alpha_bar + s, mask=(s >= 0) & (s < t) & (s < n_steps), other=nan)
+    return a, tl.where((s == -1) & (t >= 0), 1.0, b)
 
 
 @triton.jit
@@ -99,8 +103,7 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
     offset = n.to(tl.int64) * elements + index
-    a = _alpha_bar_at(alpha_bar, tl.load(t + n), n_steps)
-    b = _alpha_bar_at(alpha_bar, tl.load(s + n), n_steps)
+    a, b = _schedule_at(alpha_bar, tl.load(t + n), tl.load(s + n), n_steps)
     beta = tl.div_rn(b - a, b)
     rest = tl.div_rn(1.0 - b, 1.0 - a)
     x = tl.load(x_t + offset, mask=inside, other=0.0).to(tl.float32)
@@ -111,7 +114,8 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
     sigma = tl.sqrt_rn(rest * beta)
     if DDIM:
         sigma = eta * sigma
-        value = tl.sqrt_rn(b) * x_0 + tl.sqrt_rn(tl.maximum(1.0 - b - sigma * sigma, 0.0)) * eps
+        left = tl.maximum(1.0 - b - sigma * sigma, 0.0, tl.PropagateNan.ALL)
+        value = tl.sqrt_rn(b) * x_0 + tl.sqrt_rn(left) * eps
     else:
         value = tl.sqrt_rn(b) * tl.div_rn(beta, 1.0 - a) * x_0
         value = value + tl.sqrt_rn(tl.div_rn(a, b)) * rest * x
@@ -184,6 +188,17 @@ def _estimates_reference(
     return (signal * x).sub_(noise * pred), (noise * x).add_(signal * pred)
 
 
+def _check_steps(t: Tensor, s: Tensor, n_steps: int) -> None:
+    check_timestep_range("sampler_step", t, n_steps)
+    wrong = ((s < -1) | (s >= t)).nonzero().flatten().tolist()
+    if wrong:
+        n = wrong[0]
+        raise ValueError(
+            f"sampler_step: s is {int(s[n])} where t is {int(t[n])} (sample {n}); "
+            "s must be before t, or -1 for the clean image"
+        )
+
+
 def sampler_step_reference(
     x_t: Tensor,
     pred: Tensor,
@@ -195,8 +210,7 @@ def sampler_step_reference(
     eta: float | None,
     clip: float | None,
 ) -> Tensor:
-    check_timestep_range("sampler_step", t, alpha_bar.shape[0])
-    check_timestep_range("sampler_step", s + 1, alpha_bar.shape[0] + 1)
+    _check_steps(t, s, alpha_bar.shape[0])
     x, y = x_t.to(torch.float32), pred.to(torch.float32)
     a = per_sample(alpha_bar[t], x)
     b = per_sample(torch.where(s < 0, 1.0, alpha_bar[s.clamp(min=0)]), x)
@@ -305,7 +319,8 @@ def sampler_step(
     noisy as DDPM. ``clip``: bound on the estimate of x_0, None for none.
 
     Not differentiable. Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape,
-    device or option and, on the CPU, for a timestep outside the table (NaN on CUDA).
+    device or option and, on the CPU, for a timestep outside the table or s >= t (on CUDA, where
+    looking would stall the queue, that sample becomes NaN).
     arXiv 2006.11239, algorithm 2; arXiv 2010.02502, equation 12.
     """
     check_batched("sampler_step", "x_t", x_t.shape)

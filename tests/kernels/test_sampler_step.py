@@ -144,7 +144,11 @@ def test_errors_say_what_was_wrong(state, alpha_bar):
         (ValueError, "eta must be 0 to 1", {"eta": 2.0}),
         (ValueError, "clip must be positive", {"clip": 0.0}),
         (ValueError, "objective must be one of", {"objective": "noise"}),
-        (ValueError, "t runs from", {"s_": S - 1}),
+        (ValueError, "t runs from 1 to 1000, alpha_bar has", {"t": T + 1}),
+        (ValueError, "t runs from -1 to 998, alpha_bar has", {"t": T - 1}),
+        (ValueError, r"s is -2 where t is 0 \(sample 3\)", {"s_": S - 1}),
+        (ValueError, r"s is 0 where t is 0 \(sample 3\); s must be before t", {"s_": S + 1}),
+        (ValueError, r"s is 999 where t is 999 \(sample 0\)", {"s_": T}),
     ]
     for error, message, options in wrong:
         with pytest.raises(error, match=message):

@@ -16,3 +16,16 @@ def test_sampler_step_is_equal_in_every_bit(stream, alpha_bar, objective, eta):
             out = torch.full(x_t.shape, float("nan")).contiguous(memory_format=format_)
             _launch_sampler_step(*arguments, out)
             assert torch.equal(out, sampler_step_reference(*arguments))
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_steps_that_are_none_make_nan_and_touch_nothing_else(stream, alpha_bar, objective, eta):
+    t = torch.tensor([20, 20, 20, 20, 1000, 1000, -1, -1])
+    s = torch.tensor([10, 20, 30, -2, 20, 1000, -1, -2])  # only the first goes back in time
+    x_t, pred = torch.randn(2, len(t), 5)
+    out = torch.empty_like(x_t)
+    arguments = (stream(len(t)).triple, objective, eta, 1.0)
+    _launch_sampler_step(x_t, pred, t, s, alpha_bar, *arguments, out)
+    assert out[0].isfinite().all()
+    assert out[1:].isnan().all()
