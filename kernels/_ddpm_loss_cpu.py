@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,13 @@ def ddpm_loss_reference(
     check_timestep_range("ddpm_loss", t, alpha_bar.shape[0])
     a = alpha_bar[t]
     difference = pred.to(torch.float32) - _target(pred, x_0, a, stream, objective)
-    elements = max(pred[:1].numel() if pred.shape[0] else 1, 1)
+    residual = torch.empty_like(pred) if with_residual else pred.new_empty(0)
+    elements = math.prod(pred.shape[1:])
+    if elements == 0:  # the mean of nothing, as in torch
+        return torch.full_like(a, math.nan), torch.zeros_like(a), residual
     share = torch.ones_like(a) if snr_gamma is None else min_snr_weight(a, objective, snr_gamma)
     share = share / elements
-    residual = pred.new_empty(0)
     if with_residual:
-        residual = torch.empty_like(pred).copy_(difference)
+        residual.copy_(difference)
     square = (difference * difference).flatten(1).sum(1, dtype=torch.float64)
     return (square * share).to(torch.float32), 2.0 * share, residual

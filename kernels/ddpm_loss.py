@@ -21,6 +21,8 @@ is the same in any batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -120,16 +122,18 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, n_chunks, BLOCK):
         chunk = start + tl.arange(0, BLOCK)
         total += tl.load(partial + base + chunk, mask=chunk < n_chunks, other=0.0)
-    a, _, _ = signal_and_noise(alpha_bar, tl.load(t + n), n_steps)
-    weight = 1.0
+    at = tl.load(t + n)
+    a, _, _ = signal_and_noise(alpha_bar, at, n_steps)
+    # NaN outside the table, even where neither the target nor the weight depends on t.
+    weight = tl.where((at >= 0) & (at < n_steps), 1.0, float("nan"))
     if WEIGHTED:
         snr = tl.div_rn(a, 1.0 - a)
         if OBJECTIVE == "eps":
-            weight = tl.div_rn(gamma, tl.maximum(snr, gamma))
+            weight = tl.div_rn(gamma, tl.maximum(snr, gamma, tl.PropagateNan.ALL))
         elif OBJECTIVE == "x0":
-            weight = tl.minimum(snr, gamma)
+            weight = tl.minimum(snr, gamma, tl.PropagateNan.ALL)
         else:
-            weight = tl.div_rn(tl.minimum(snr, gamma), snr + 1.0)
+            weight = tl.div_rn(tl.minimum(snr, gamma, tl.PropagateNan.ALL), snr + 1.0)
     share = tl.div_rn(weight, elements)
     tl.store(loss + n, tl.sum(total) * share)
     tl.store(scale + n, 2.0 * share)
@@ -311,10 +315,12 @@ def ddpm_loss(
     ``snr_gamma``: min-SNR-gamma weights (5 in the paper), None for w = 1.
 
     Computed in float32; the gradient with respect to ``pred``, in the dtype of ``pred``, is the
-    only one there is. Deterministic, and independent of the batch a sample is in. Raises
-    ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option and, on the
-    CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward. arXiv
-    2006.11239, 2202.00512, 2303.09556.
+    only one there is. Deterministic, and independent of the batch a sample is in. Of samples
+    without elements it is NaN, the mean of nothing.
+
+    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option and,
+    on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward.
+    arXiv 2006.11239, 2202.00512, 2303.09556.
     """
     check_batched("ddpm_loss", "pred", pred.shape)
     check_dtype("ddpm_loss", "pred", pred, FLOATS)
@@ -324,8 +330,10 @@ def ddpm_loss(
     check_stream("ddpm_loss", key, sample_id, step, pred.shape[0], pred.device)
     check_device("ddpm_loss", pred.device, x_0=x_0)
     check_objective("ddpm_loss", objective)
-    if snr_gamma is not None and not snr_gamma > 0:
-        raise ValueError(f"ddpm_loss: snr_gamma must be positive or None, got {snr_gamma}")
+    if snr_gamma is not None and not 0.0 < snr_gamma < math.inf:
+        raise ValueError(
+            f"ddpm_loss: snr_gamma must be positive and finite, or None for w = 1, got {snr_gamma}"
+        )
     if x_0.requires_grad and torch.is_grad_enabled():
         raise ValueError("ddpm_loss: differentiable in pred only; pass x_0.detach()")
     keep = pred.requires_grad and torch.is_grad_enabled()

@@ -169,6 +169,23 @@ def test_empty_batch(stream, alpha_bar):
     assert pred.grad.shape == pred.shape
 
 
+def test_samples_without_elements_have_the_mean_of_nothing(stream, alpha_bar):
+    """As in torch, and as the kernel has it (interpreter/test_triton.py)."""
+    pred = torch.zeros(2, 0, 4, 4, requires_grad=True)
+    for objective in OBJECTIVES:
+        loss = kernels.ddpm_loss(
+            pred, pred.detach(), T[:2], alpha_bar, objective=objective, **stream(2).named
+        )
+        assert loss.shape == (2,)
+        assert loss.isnan().all()
+        loss.sum().backward()
+        assert pred.grad.shape == pred.shape
+        with torch.no_grad():
+            loss = kernels.ddpm_loss(pred, pred, T[:2], alpha_bar, **stream(2).named)
+        assert loss.isnan().all()
+    assert pred.detach().square().flatten(1).mean(1).isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_op_passes_opcheck(stream, alpha_bar, make_images, layout):
     s, x_0 = stream(4), make_images(4, torch.uint8)
@@ -191,6 +208,8 @@ def test_errors_say_what_was_wrong(stream, alpha_bar, make_images):
         (ValueError, "x_0 has shape", {"x_0": x_0[:, :1]}),
         (ValueError, "objective must be one of", {"objective": "epsilon"}),
         (ValueError, "snr_gamma must be positive", {"snr_gamma": 0.0}),
+        (ValueError, "snr_gamma must be positive and finite", {"snr_gamma": float("inf")}),
+        (ValueError, "snr_gamma must be positive and finite", {"snr_gamma": float("nan")}),
         (ValueError, "pred only", {"x_0": x_0.clone().requires_grad_()}),
         (ValueError, "t runs from", {"t": T + 1}),
         (ValueError, "x_0 is on meta, the data on cpu", {"x_0": x_0.to("meta")}),

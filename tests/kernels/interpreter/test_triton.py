@@ -88,6 +88,29 @@ def test_loss_and_residual(stream, alpha_bar, make_images, objective, gamma):
         assert same_bits(again, loss)  # the same bits twice, with and without the residual
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_a_timestep_outside_the_table_makes_a_loss_of_nan(stream, alpha_bar, objective, gamma):
+    s, (pred, x_0) = stream(3), torch.randn(2, 3, 4)
+    loss, scale = torch.zeros(2, 3)
+    t = torch.tensor([5, 1000, -1])
+    _launch_ddpm_loss(pred, x_0, t, alpha_bar, s.triple, objective, gamma, None, loss, scale)
+    for of_sample in (loss, scale):
+        assert of_sample[0].isfinite()
+        assert of_sample[1:].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4, 4), (0, 3)])
+def test_the_loss_of_nothing(stream, alpha_bar, shape):
+    pred, residual = torch.zeros(shape), torch.full(shape, NAN)
+    loss, scale = torch.full((2, shape[0]), 5.0)
+    arguments = (pred, pred, T[: shape[0]], alpha_bar, stream(shape[0]).triple, "eps", None)
+    _launch_ddpm_loss(*arguments, residual, loss, scale)
+    want = ddpm_loss_reference(*arguments, True)
+    for got, expected in zip((loss, scale, residual), want, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("elements", [1, 3, 2048 * 4 - 1, 2048 * 4 + 1, 2048 * 9])
 def test_loss_of_samples_around_the_size_of_a_chunk(stream, alpha_bar, elements):
     s, pred = stream(2), torch.randn(2, elements)
