@@ -22,7 +22,7 @@ def check_dtype(op: str, name: str, value: Tensor, allowed: tuple[torch.dtype, .
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{op}: {name} must be a tensor (so that CUDA graphs can change it), got "
-            f"{type(value).__name__}; wrap it in torch.tensor(...)"
+            f"{type(value).__name__}; pass torch.tensor(..., dtype={allowed[0]})"
         )
     if value.dtype not in allowed:
         names = ", ".join(str(dtype) for dtype in allowed)

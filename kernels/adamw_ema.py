@@ -16,6 +16,8 @@ captured CUDA graph stays right.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +86,7 @@ def _adamw_ema_kernel(  # type: ignore[no-untyped-def]
     m += rate_1 * (g - m)
     v += rate_2 * (g * g - v)
     now = tl.load(step)
-    rate = tl.load(lr)
+    rate = tl.load(lr, mask=now > 0, other=float("nan"))  # there is no step before the first
     step_size = tl.div_rn(rate, _bias_correction(rate_1, now))
     root = tl.sqrt_rn(_bias_correction(rate_2, now))
     p = p * (1.0 - rate * weight_decay)
@@ -163,6 +165,8 @@ def adamw_ema_reference(
     weight_decay: float,
     mu: float,
 ) -> None:
+    if not step.item() >= 1:
+        raise ValueError(f"adamw_ema_: step is {step.item()}; the first step is 1")
     rate, before = lr.item(), torch.tensor(step.item() - 1.0)
     for start in range(0, param.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -239,8 +243,29 @@ def _check_buffer(name: str, value: Tensor, param: Tensor) -> None:
     check_dtype("adamw_ema_", name, value, (torch.float32,))
     check_same_shape("adamw_ema_", name, value, "param", param)
     check_device("adamw_ema_", param.device, **{name: value})
-    if not value.is_contiguous():
-        raise ValueError(f"adamw_ema_: {name} is updated in place and must be contiguous")
+
+
+def _check_updated(updated: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """What is updated is contiguous and no other buffer; views of one memory are not looked for."""
+    for name, value in updated.items():
+        if not value.is_contiguous():
+            raise ValueError(f"adamw_ema_: {name} is updated in place and must be contiguous")
+        for other_name, other in (updated | read).items():
+            if other is value and other_name != name:
+                raise ValueError(
+                    f"adamw_ema_: {other_name} and {name} are the same tensor, which is updated; "
+                    f"pass {other_name}.clone(), kept from step to step"
+                )
+
+
+def _check_options(betas: tuple[float, float], eps: float, weight_decay: float, mu: float) -> None:
+    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0 and eps >= 0.0):
+        raise ValueError(
+            f"adamw_ema_: betas must be in [0, 1) and eps not negative, got {betas}, {eps}"
+        )
+    for name, value in {"weight_decay": weight_decay, "mu": mu}.items():
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"adamw_ema_: {name} must be finite and not negative, got {value}")
 
 
 def adamw_ema_(
@@ -266,12 +291,14 @@ def adamw_ema_(
     updated. ``grad``: ``(P,)`` float32, bfloat16 or float16. ``lr``, ``ema_decay``: float32, one
     element. ``step``: int64, one element, the number of this step, 1 first. ``anchor``: float32
     ``(P,)``, the model that the proximal term mu/2 |param - anchor|^2 pulls to. ``control``:
-    float32 ``(P,)``, added to the gradient (SCAFFOLD: c - c_i).
+    float32 ``(P,)``, added to the gradient (SCAFFOLD: c - c_i). What is only read may be strided.
 
-    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option.
-    arXiv 1711.05101, 1812.06127, 1910.06378.
+    Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option, for
+    one tensor in two places and, on the CPU, for a step before the first (on CUDA, where looking
+    would stall the queue, the parameters become NaN). arXiv 1711.05101, 1812.06127, 1910.06378.
     """
     op = "adamw_ema_"
+    check_dtype(op, "param", param, (torch.float32,))
     check_dtype(op, "grad", grad, FLOATS)
     if param.dim() != 1:
         raise ValueError(f"{op}: param must be one flat buffer, got shape {tuple(param.shape)}")
@@ -279,10 +306,12 @@ def adamw_ema_(
     check_scalar(op, "lr", lr, torch.float32)
     check_scalar(op, "step", step)
     check_device(op, param.device, grad=grad, lr=lr, step=step)
-    buffers = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    terms = {"ema": ema, "anchor": anchor, "control": control}
-    for name, value in (buffers | {k: v for k, v in terms.items() if v is not None}).items():
+    updated = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    updated |= {} if ema is None else {"ema": ema}
+    terms = {k: v for k, v in (("anchor", anchor), ("control", control)) if v is not None}
+    for name, value in (updated | terms).items():
         _check_buffer(name, value, param)
+    _check_updated(updated, {"grad": grad} | terms)
     if (ema is None) != (ema_decay is None):
         raise ValueError(f"{op}: ema and ema_decay belong together, one of them is missing")
     if ema_decay is not None:
@@ -290,8 +319,7 @@ def adamw_ema_(
         check_device(op, param.device, ema_decay=ema_decay)
     if (anchor is None) != (mu == 0.0):
         raise ValueError(f"{op}: anchor and mu belong together, got mu = {mu}")
-    if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0 and eps >= 0.0):
-        raise ValueError(f"{op}: betas must be in [0, 1) and eps not negative, got {betas}, {eps}")
+    _check_options(betas, eps, weight_decay, mu)
     _adamw_ema(
         param.detach(), grad.detach(), exp_avg, exp_avg_sq, ema, anchor, control, lr, step,
         ema_decay, *betas, eps, weight_decay, mu,

@@ -322,8 +322,8 @@ def ddpm_loss(
     on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward.
     arXiv 2006.11239, 2202.00512, 2303.09556.
     """
-    check_batched("ddpm_loss", "pred", pred.shape)
     check_dtype("ddpm_loss", "pred", pred, FLOATS)
+    check_batched("ddpm_loss", "pred", pred.shape)
     check_dtype("ddpm_loss", "x_0", x_0, IMAGES)
     check_same_shape("ddpm_loss", "x_0", x_0, "pred", pred)
     check_schedule("ddpm_loss", t, alpha_bar, pred.shape[0], pred.device)

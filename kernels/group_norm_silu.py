@@ -38,6 +38,7 @@ from kernels._group_norm_silu_cpu import (
 )
 
 _TILE = 4096  # elements at a time in a Triton program
+_MAX_ELEMENTS = (1 << 31) - _TILE  # a sample; the 32-bit counter of pixels goes one tile beyond
 
 # --- Triton ---------------------------------------------------------------------------------------
 
@@ -375,8 +376,11 @@ def group_norm_silu(
             f"{op}: x must be (B, C, ...) with C divisible by groups, got {tuple(x.shape)} "
             f"and {groups} groups"
         )
-    if math.prod(x.shape[1:]) >= 1 << 31:
-        raise ValueError(f"{op}: x has 2^31 elements a sample or more, shape {tuple(x.shape)}")
+    if math.prod(x.shape[1:]) > _MAX_ELEMENTS:
+        raise ValueError(
+            f"{op}: x has {math.prod(x.shape[1:])} elements a sample, the kernel counts to "
+            f"2^31 - {_TILE}; use fewer channels or pixels"
+        )
     if (scale is None) != (shift is None):
         raise ValueError(f"{op}: scale and shift belong together, one of them is missing")
     if scale is not None and shift is not None:

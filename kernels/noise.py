@@ -37,6 +37,7 @@ from torch import Tensor
 from kernels._arguments import (
     check_batched,
     check_device,
+    check_dtype,
     check_float_dtype,
     check_per_sample,
     check_scalar,
@@ -346,6 +347,7 @@ def normal(
     shape = list(shape)
     check_batched("normal", "shape", shape)
     check_float_dtype("normal", dtype)
+    check_per_sample("normal", "sample_id", sample_id, shape[0])
     check_stream("normal", key, sample_id, step, shape[0], sample_id.device)
     out: Tensor = _normal(shape, key, sample_id, step, dtype)
     return out
@@ -357,6 +359,7 @@ def uniform(shape: Sequence[int], *, key: Tensor, sample_id: Tensor, step: Tenso
     """
     shape = list(shape)
     check_batched("uniform", "shape", shape)
+    check_per_sample("uniform", "sample_id", sample_id, shape[0])
     check_stream("uniform", key, sample_id, step, shape[0], sample_id.device)
     words: Tensor = _uniform_words(shape, key, sample_id, step)
     return (words >> 8).to(torch.float32) * 2.0**-24
@@ -376,6 +379,7 @@ def timesteps(num_train_timesteps: int, *, key: Tensor, sample_id: Tensor, step:
         )
     check_scalar("timesteps", "key", key)
     check_scalar("timesteps", "step", step)
+    check_dtype("timesteps", "sample_id", sample_id, (torch.int64,))
     check_per_sample("timesteps", "sample_id", sample_id, sample_id.numel())
     check_device("timesteps", sample_id.device, key=key, step=step)
     words: Tensor = _uniform_words([sample_id.shape[0], 1], key, sample_id, step)

@@ -281,8 +281,8 @@ def q_sample(
     CPU, for a timestep outside the table (on CUDA, where looking would stall the queue, that sample
     becomes NaN). arXiv 2006.11239, eq. 4.
     """
-    check_batched("q_sample", "x_0", x_0.shape)
     check_dtype("q_sample", "x_0", x_0, IMAGES)
+    check_batched("q_sample", "x_0", x_0.shape)
     check_float_dtype("q_sample", dtype)
     check_schedule("q_sample", t, alpha_bar, x_0.shape[0], x_0.device)
     check_stream("q_sample", key, sample_id, step, x_0.shape[0], x_0.device)
@@ -303,8 +303,8 @@ def add_noise(
 
     Otherwise as :func:`q_sample`; differentiable in ``x_0`` and ``eps``.
     """
-    check_batched("add_noise", "x_0", x_0.shape)
     check_dtype("add_noise", "x_0", x_0, IMAGES)
+    check_batched("add_noise", "x_0", x_0.shape)
     check_dtype("add_noise", "eps", eps, FLOATS)
     check_same_shape("add_noise", "eps", eps, "x_0", x_0)
     check_float_dtype("add_noise", dtype)

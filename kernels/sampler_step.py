@@ -323,8 +323,8 @@ def sampler_step(
     looking would stall the queue, that sample becomes NaN).
     arXiv 2006.11239, algorithm 2; arXiv 2010.02502, equation 12.
     """
-    check_batched("sampler_step", "x_t", x_t.shape)
     check_dtype("sampler_step", "x_t", x_t, FLOATS)
+    check_batched("sampler_step", "x_t", x_t.shape)
     check_dtype("sampler_step", "pred", pred, FLOATS)
     check_same_shape("sampler_step", "pred", pred, "x_t", x_t)
     check_schedule("sampler_step", t, alpha_bar, x_t.shape[0], x_t.device)

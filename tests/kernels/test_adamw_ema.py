@@ -144,10 +144,25 @@ def test_errors_say_what_was_wrong():
         (ValueError, "betas must be in", {"betas": (1.0, 0.9)}),
         (ValueError, "lr is on meta, the data on cpu", {"lr": torch.tensor(1e-2, device="meta")}),
         (TypeError, "control must be torch.float32", {"control": param.double()}),
+        (ValueError, "step is 0; the first step is 1", {"step": torch.tensor(0)}),
+        (ValueError, "weight_decay must be finite and not negative", {"weight_decay": -0.1}),
+        (ValueError, "weight_decay must be finite and not", {"weight_decay": float("nan")}),
+        (ValueError, "mu must be finite and not negative", {"mu": -0.1, "anchor": param.clone()}),
+        (ValueError, "ema and param are the same", {"ema": param, "ema_decay": torch.tensor(0.9)}),
+        (ValueError, "anchor and param are the same", {"anchor": param, "mu": 0.1}),
     ]
     for error, message, change in wrong:
         with pytest.raises(error, match=message):
             kernels.adamw_ema_(param, grads[0], m, v, **(good | change))
+    with pytest.raises(ValueError, match="grad and param are the same tensor"):
+        kernels.adamw_ema_(param, param, m, v, **good)
+    with pytest.raises(ValueError, match="exp_avg_sq and exp_avg are the same tensor"):
+        kernels.adamw_ema_(param, grads[0], m, m, **good)
+    with pytest.raises(TypeError, match="param must be a tensor .*, got list"):
+        kernels.adamw_ema_([1.0], grads[0], m, v, **good)
+    with pytest.raises(TypeError, match="grad must be a tensor .*, got list"):
+        kernels.adamw_ema_(param, [1.0], m, v, **good)
+    assert torch.equal(param, _buffers()[0])  # nothing was updated before it was refused
     with pytest.raises(ValueError, match="flat buffer"):
         kernels.adamw_ema_(param.view(1, -1), grads[0], m, v, **good)
     with pytest.raises(ValueError, match="exp_avg is updated in place and must be contiguous"):

@@ -214,6 +214,8 @@ def test_errors_say_what_was_wrong(stream, alpha_bar, make_images):
         (ValueError, "t runs from", {"t": T + 1}),
         (ValueError, "x_0 is on meta, the data on cpu", {"x_0": x_0.to("meta")}),
         (TypeError, "step must be a tensor", {"step": 3}),
+        (TypeError, "pred must be a tensor .*, got list", {"pred": [[0.0]]}),
+        (TypeError, "x_0 must be a tensor .*, got list", {"x_0": [[0.0]]}),
     ]
     for error, message, change in wrong:
         with pytest.raises(error, match=message):

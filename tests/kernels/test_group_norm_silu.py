@@ -244,10 +244,17 @@ def test_errors_say_what_was_wrong():
         (ValueError, "is on meta", (x, 4, weight.to("meta"), bias), {}),
         (
             ValueError,
-            r"2\^31 elements a sample",
+            r"3221225472 elements a sample, the kernel counts to 2\^31 - 4096",
             (x[:, :, :1, :1].expand(-1, -1, 1 << 14, 1 << 14), 4, weight, bias),
             {},
         ),
+        (
+            ValueError,  # one pixel too many: the counter of the kernel's loop would wrap
+            "2147479553 elements a sample",
+            (x[:1, :1, :1].expand(1, 1, 1 << 31, -1)[..., 4095:, :1], 1, weight[:1], bias[:1]),
+            {},
+        ),
+        (TypeError, "x must be a tensor .*, got list", ([1.0], 4, weight, bias), {}),
     ]
     for error, message, arguments, options in wrong:
         with pytest.raises(error, match=message):

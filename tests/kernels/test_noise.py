@@ -205,6 +205,7 @@ def test_errors_say_what_was_wrong(stream):
     s = stream(2)
     wrong = [
         (TypeError, "key must be a tensor", {"key": 3}),
+        (TypeError, "sample_id must be a tensor .*, got list", {"sample_id": [0, 1]}),
         (TypeError, "key must be torch.int64, got torch.int32", {"key": torch.tensor(1).int()}),
         (ValueError, "step must hold a single number", {"step": torch.tensor([1, 2])}),
         (ValueError, "one number per sample", {"sample_id": torch.arange(3)}),
@@ -214,6 +215,9 @@ def test_errors_say_what_was_wrong(stream):
     for error, message, change in wrong:
         with pytest.raises(error, match=message):
             kernels.normal((2, 3), **(s.named | change))
+    for draw in (lambda **s: kernels.uniform((2, 3), **s), lambda **s: kernels.timesteps(9, **s)):
+        with pytest.raises(TypeError, match="sample_id must be a tensor .*, got list"):
+            draw(**(s.named | {"sample_id": [0, 1]}))
     with pytest.raises(ValueError, match="batch dimension"):
         kernels.normal((), **s.named)
     with pytest.raises(ValueError, match="split the sample"):

@@ -138,9 +138,16 @@ def test_errors_say_what_was_wrong(stream, alpha_bar, make_images):
         (ValueError, "t runs from -1", {"t": T - 1}),
         (ValueError, "t is on meta, the data on cpu", {"t": T.to("meta")}),
         (TypeError, "dtype must be one of", {"dtype": torch.float64}),
+        (TypeError, "x_0 must be a tensor .*, got list", {"x_0": [[0.0]]}),
+        (TypeError, r"t must be a tensor .*; pass torch.tensor\(..., dtype=", {"t": [1, 2, 3, 4]}),
+        (TypeError, "alpha_bar must be a tensor .*, got list", {"alpha_bar": [0.9, 0.8]}),
+        (TypeError, "sample_id must be a tensor .*, got list", {"sample_id": [0, 1, 2, 3]}),
     ]
     for error, message, change in wrong:
         with pytest.raises(error, match=message):
             call(**change)
+    for images in ([[0.0]], x_0):  # one of the two is no tensor
+        with pytest.raises(TypeError, match="must be a tensor .*, got list"):
+            kernels.add_noise(images, [[0.0]], T, alpha_bar)
     with pytest.raises(ValueError, match="eps has shape"):
         kernels.add_noise(x_0, x_0[:, :1], T, alpha_bar)

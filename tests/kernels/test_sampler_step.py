@@ -140,6 +140,8 @@ def test_errors_say_what_was_wrong(state, alpha_bar):
 
     wrong = [
         (TypeError, "x_t must be torch.float32", {"x_t": x_t.double()}),
+        (TypeError, "x_t must be a tensor .*, got list", {"x_t": [[0.0]]}),
+        (TypeError, "s must be a tensor .*, got list", {"s_": [0, 0, 0, 0]}),
         (ValueError, "pred has shape", {"pred": pred[:, :1]}),
         (ValueError, "eta must be 0 to 1", {"eta": 2.0}),
         (ValueError, "clip must be positive", {"clip": 0.0}),
