@@ -8,6 +8,7 @@ from kernels._ddpm_loss_cpu import ddpm_loss_reference
 from kernels.ddpm_loss import _launch_ddpm_loss
 from kernels.noise import _launch_normal, _normal_kernel
 from kernels.q_sample import _launch_q_sample
+from kernels.sampler_step import _launch_sampler_step, sampler_step_reference
 
 NAN = float("nan")
 
@@ -67,6 +68,69 @@ def test_a_timestep_outside_the_table_makes_nan_and_touches_nothing_else(stream,
     _launch_q_sample(x_0, torch.tensor([5, 1000, -1]), alpha_bar, out, stream=s.triple)
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()
+
+
+# Around the ends of a block, which has 64 to 2048 elements, and past the end of a second one.
+TAILS = (0, 1, 3, 63, 65, 2047, 2048, 2049, 4100)
+
+
+def assert_rounded(got, want):
+    """Equal bits, but for bfloat16, to which the interpreter cuts off instead of rounding."""
+    if got.dtype != torch.bfloat16:
+        assert torch.equal(got, want)
+    else:
+        ulps = got.view(torch.int16).int() - want.view(torch.int16).int()
+        assert not ulps.numel() or ulps.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("elements", TAILS)
+def test_tails_in_every_dtype(stream, alpha_bar, elements, dtype):
+    s, t = stream(2), T[1:]
+    x, pred = torch.randn(2, 2, elements).to(dtype)
+    out = torch.full_like(x, NAN)
+    _launch_q_sample(x, t, alpha_bar, out, stream=s.triple)
+    assert_rounded(out, kernels.q_sample(x, t, alpha_bar, dtype=dtype, **s.named))
+
+    out.fill_(NAN)
+    arguments = (x, pred, t, t - 1, alpha_bar, s.triple, "v", 0.5, 1.0)
+    _launch_sampler_step(*arguments, out)
+    assert_rounded(out, sampler_step_reference(*arguments))
+
+    arguments = (pred, x, t, alpha_bar, s.triple, "v", 5.0)
+    (loss, scale), residual = torch.full((2, 2), NAN), out.fill_(NAN)
+    _launch_ddpm_loss(*arguments, residual, loss, scale)
+    want = ddpm_loss_reference(*arguments, True)
+    torch.testing.assert_close(loss, want[0], rtol=2e-6, atol=0, equal_nan=elements == 0)
+    torch.testing.assert_close(scale, want[1], rtol=1e-6, atol=0)
+    assert_rounded(residual, want[2])
+
+
+@pytest.mark.parametrize("op", ["q_sample", "sampler_step", "ddpm_loss"])
+def test_what_a_sample_has_one_of_may_be_strided_or_expanded(stream, alpha_bar, op):
+    s, x = stream(3), torch.randn(3, 5)
+
+    def run(t, t_next, table, ids):
+        out, loss, scale = torch.full_like(x, NAN), torch.zeros(3), torch.zeros(3)
+        of = (s.key.expand(1, 4)[:, 2:3], ids, torch.tensor([9, 7, 9])[1:2])
+        if op == "q_sample":
+            _launch_q_sample(x, t, table, out, stream=of)
+        elif op == "sampler_step":
+            _launch_sampler_step(x, x, t, t_next, table, of, "eps", 0.5, None, out)
+        else:
+            _launch_ddpm_loss(x, x, t, table, of, "v", 5.0, out, loss, scale)
+        return torch.cat([out.flatten(), loss, scale])
+
+    def between(v):
+        return torch.stack([v, v.flip(0)], -1)[:, 0]
+
+    t, t_next = torch.tensor([999, 500, 20]), torch.tensor([499, 19, -1])
+    strided = run(between(t), between(t_next), between(alpha_bar), between(s.sample_id))
+    assert same_bits(strided, run(t, t_next, alpha_bar, s.sample_id))
+    one = [v[:1].expand(3) for v in (t, t_next, s.sample_id)]
+    whole = [v.clone() for v in one]
+    expanded = run(*one[:2], alpha_bar, one[2])
+    assert same_bits(expanded, run(*whole[:2], alpha_bar, whole[2]))
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
