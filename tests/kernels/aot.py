@@ -124,6 +124,7 @@ def nvidia_facts(compiled: Any) -> dict[str, Any]:
         "stack": resources["STACK"] + resources["LOCAL"],
         "spills": sum(n for o, n in memory.items() if o.startswith(("LDL", "STL"))),
         "instructions": len(operations),
+        "loads": sum(n for o, n in memory.items() if o.startswith("LDG")),
         "loads_128": sum(n for o, n in memory.items() if o.startswith("LDG") and "128" in o),
         "stores": sum(n for o, n in memory.items() if o.startswith("STG")),
         "stores_128": sum(n for o, n in memory.items() if o.startswith("STG") and "128" in o),
@@ -138,13 +139,15 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
         return sum(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
 
     memory = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
+    loads = [o for o in memory if "_load_" in o]
     stores = [o for o in memory if "_store_" in o]
     return {
         "registers": count("vgpr_count"),
         "stack": count("private_segment_fixed_size"),
         "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
         "instructions": len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", text, re.M)),
-        "loads_128": sum("_load_dwordx4" in o for o in memory),
+        "loads": len(loads),
+        "loads_128": sum("dwordx4" in o for o in loads),
         "stores": len(stores),
         "stores_128": sum("dwordx4" in o for o in stores),
     }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 IMAGE = (2, 3, 32, 32)
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 
@@ -73,7 +73,7 @@ def _training() -> Iterator[Launch]:
 
     stream, (t, table) = _stream(2), _schedule(2)
     for source, target, layout in (
-        (U8, F32, NCHW), (U8, BF16, NCHW), (F32, F32, NCHW), (U8, F32, NHWC),
+        (U8, F32, NCHW), (U8, BF16, NCHW), (F32, F32, NCHW), (U8, F32, NHWC), (U8, F16, NCHW),
     ):  # fmt: skip
         x_0 = _empty(IMAGE, source, layout)
         yield Launch(
@@ -89,6 +89,7 @@ def _training() -> Iterator[Launch]:
         ("eps", F32, NCHW, None, True), ("eps", BF16, NCHW, None, True),
         ("x0", BF16, NCHW, 5.0, True), ("v", BF16, NCHW, 5.0, True),
         ("v", BF16, NHWC, 5.0, True), ("eps", BF16, NCHW, 5.0, False),
+        ("eps", F16, NCHW, None, True),
     ):  # fmt: skip
         pred = _empty(IMAGE, dtype, layout)
         name = f"ddpm_loss/{objective} {_short(dtype)}{_short(layout)}"
@@ -105,15 +106,16 @@ def _sampling() -> Iterator[Launch]:
     from kernels.sampler_step import _launch_sampler_step
 
     stream, (t, table) = _stream(2), _schedule(2)
-    x_t, pred = _empty(IMAGE, F32), _empty(IMAGE, BF16)
-    for name, objective, eta in (
-        ("ddpm eps", "eps", None),
-        ("ddim v", "v", 0.5),
-        ("ddim, eta 0", "eps", 0.0),
+    full, half = _empty(IMAGE, F32), _empty(IMAGE, BF16)
+    for name, objective, eta, x_t, pred in (
+        ("ddpm eps", "eps", None, full, half),
+        ("ddim v", "v", 0.5, full, half),
+        ("ddim, eta 0", "eps", 0.0, full, half),
+        ("ddpm eps fp16", "eps", None, half.half(), half.half()),
     ):
         yield Launch(
             f"sampler_step/{name}",
-            lambda o=objective, e=eta: _launch_sampler_step(
+            lambda o=objective, e=eta, x_t=x_t, pred=pred: _launch_sampler_step(
                 x_t, pred, t, t, table, stream, o, e, 1.0, torch.empty_like(x_t)
             ),
         )
@@ -147,6 +149,7 @@ def _norms() -> Iterator[Launch]:
         (256, 16, 32, BF16, NHWC, True, 2),  # with the scale and shift of the time embedding
         (256, 16, 32, BF16, NHWC, False, 1),  # before attention
         (256, 16, 32, F32, NCHW, True, 1),
+        (256, 16, 32, F16, NHWC, True, 1),
         (128, 16, 1, BF16, NHWC, True, 1),  # one group of all channels
     ):
         x = _empty((2, channels, pixels, pixels), dtype, layout)
@@ -195,5 +198,5 @@ def _masks() -> Iterator[Launch]:
 
 
 def _short(of: torch.dtype | torch.memory_format) -> str:
-    names = {F32: "fp32", BF16: "bf16", U8: "u8", NCHW: "", NHWC: "/nhwc"}
+    names = {F32: "fp32", BF16: "bf16", F16: "fp16", U8: "u8", NCHW: "", NHWC: "/nhwc"}
     return names[of]
