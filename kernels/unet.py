@@ -18,17 +18,18 @@ class GroupNormSiLU(nn.GroupNorm):
     """
 
     silu = False
+    replaced: tuple[nn.GroupNorm, ...] = ()  # a tuple: a module would add names to the state
 
     @classmethod
     def of(cls, norm: nn.GroupNorm, *, silu: bool) -> GroupNormSiLU:
         fused = cls(norm.num_groups, norm.num_channels, norm.eps, device="meta")
         fused.weight, fused.bias = norm.weight, norm.bias
-        fused.silu = silu
+        fused.silu, fused.replaced = silu, (norm,)
         return fused.train(norm.training)
 
-    def plain(self) -> nn.GroupNorm:
-        """torch's own module with the same parameters."""
-        norm = nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta")
+    def given_back(self) -> nn.GroupNorm:
+        """The module that stood here, with the parameters that this one has now."""
+        (norm,) = self.replaced
         norm.weight, norm.bias = self.weight, self.bias
         return norm.train(self.training)
 
@@ -41,11 +42,22 @@ class GroupNormSiLU(nn.GroupNorm):
         )  # fmt: skip
 
 
-class SiLUInTheNorm(nn.Identity):
+class _InPlaceOfSiLU(nn.Module):
+    def __init__(self, replaced: nn.SiLU) -> None:
+        super().__init__()
+        self.replaced = (replaced,)
+        self.train(replaced.training)
+
+    def given_back(self) -> nn.SiLU:
+        (silu,) = self.replaced
+        return silu.train(self.training)
+
+
+class SiLUInTheNorm(_InPlaceOfSiLU, nn.Identity):
     """Stands where a SiLU stood that the norm before it now applies."""
 
 
-class SiLUOfVectors(nn.Module):
+class SiLUOfVectors(_InPlaceOfSiLU):
     """SiLU of the time embedding; images come here with theirs already applied."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ def _fuse_resnet_block(block: nn.Module) -> None:
         return  # the embedding does something else between norm2 and its SiLU
     _fuse(block, "norm1", silu=True)
     _fuse(block, "norm2", silu=True)
-    block.nonlinearity = SiLUOfVectors()
+    block.nonlinearity = SiLUOfVectors(activation)
 
 
 def _scale_shift_forward(block: Any, x: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
@@ -92,9 +104,10 @@ def _scale_shift_forward(block: Any, x: Tensor, temb: Tensor, *_: object, **__: 
 
 def _fuse_sequence(sequence: nn.Sequential) -> None:
     for i in range(len(sequence) - 1):
-        if type(sequence[i]) is nn.GroupNorm and isinstance(sequence[i + 1], nn.SiLU):
+        silu = sequence[i + 1]
+        if type(sequence[i]) is nn.GroupNorm and isinstance(silu, nn.SiLU):
             _fuse(sequence, str(i), silu=True)
-            sequence[i + 1] = SiLUInTheNorm()
+            sequence[i + 1] = SiLUInTheNorm(silu)
 
 
 def apply_to_unet(model: Model) -> Model:
@@ -103,19 +116,22 @@ def apply_to_unet(model: Model) -> Model:
     SiLU is fused in residual blocks (``norm1``, ``norm2``, ``nonlinearity``, as in diffusers), with
     the scale and shift of the time embedding where the model has them between the two
     (``resnet_time_scale_shift="scale_shift"``), at the output (``conv_norm_out``, ``conv_act``) and
-    in ``nn.Sequential``; every other affine GroupNorm is replaced without SiLU. Parameters, their
-    names and the results stay; applying it twice is harmless, and :func:`remove_from_unet` takes it
-    back.
+    in ``nn.Sequential``; every other affine GroupNorm is replaced without SiLU. Parameters and
+    their names stay; applying it twice is harmless, and :func:`remove_from_unet` takes it back. The
+    modules that were replaced, and with them their hooks, rest until then.
+
+    Results differ by rounding. In float32 the output is within 1e-4 |y| + 1e-5 of what it was and a
+    parameter's gradient within 1e-3 |g| + 1e-4 (1 + max |g|), on diffusers' configurations in
+    ``tests/kernels/test_group_norm_silu.py``.
     """
     for module in list(model.modules()):
         _fuse_resnet_block(module)
         if isinstance(module, nn.Sequential):
             _fuse_sequence(module)
-        if _is_plain(module, "conv_norm_out") and isinstance(
-            getattr(module, "conv_act", None), nn.SiLU
-        ):
+        activation = getattr(module, "conv_act", None)
+        if _is_plain(module, "conv_norm_out") and isinstance(activation, nn.SiLU):
             _fuse(module, "conv_norm_out", silu=True)
-            module.conv_act = SiLUInTheNorm()
+            module.conv_act = SiLUInTheNorm(activation)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.GroupNorm and child.affine:
@@ -124,13 +140,13 @@ def apply_to_unet(model: Model) -> Model:
 
 
 def remove_from_unet(model: Model) -> Model:
-    """``model`` itself with torch's own modules again, as before :func:`apply_to_unet`."""
+    """``model`` itself with the very modules, hooks and all, that :func:`apply_to_unet` replaced;
+    they get the parameters and the training mode that the model has now.
+    """
     for module in list(model.modules()):
         if getattr(vars(module).get("forward"), "__func__", None) is _scale_shift_forward:
             del module.forward
         for name, child in list(module.named_children()):
-            if isinstance(child, GroupNormSiLU):
-                setattr(module, name, child.plain())
-            elif isinstance(child, SiLUOfVectors | SiLUInTheNorm):
-                setattr(module, name, nn.SiLU())
+            if isinstance(child, GroupNormSiLU | _InPlaceOfSiLU):
+                setattr(module, name, child.given_back())
     return model

@@ -285,18 +285,12 @@ CONFIGURATIONS = {  # the second with a sixth of its channels and a third of its
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n.startswith("google") else ())
-        for n in CONFIGURATIONS
-    ],
-)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
     unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **CONFIGURATIONS[name])
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 500])
     labels = None if unet.class_embedding is None else torch.tensor([1, 7])
-    names, modules = list(unet.state_dict()), [type(m) for m in unet.modules()]
+    names, modules = list(unet.state_dict()), list(unet.modules())
 
     def run():
         unet.zero_grad()
@@ -319,7 +313,7 @@ def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
             fused_grads[key], grad, rtol=1e-3, atol=1e-4 * (1 + largest), msg=key
         )
     assert kernels.remove_from_unet(unet) is unet
-    assert [type(m) for m in unet.modules()] == modules
+    assert all(a is b for a, b in zip(unet.modules(), modules, strict=True))
     assert torch.equal(run()[0], y)
     assert list(unet.state_dict()) == names
 
@@ -332,3 +326,23 @@ def test_norms_in_a_sequence_take_their_silu_along():
     assert isinstance(model[1], nn.Identity)
     torch.testing.assert_close(kernels.remove_from_unet(model)(x), want)
     assert type(model[1]) is nn.SiLU
+
+
+def test_the_very_modules_come_back_with_their_hooks_and_the_present_parameters():
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(inplace=True), nn.GroupNorm(2, 4))
+    before, heard = list(model.modules()), []
+    for module in before[1:]:
+        module.register_forward_hook(lambda module, *_: heard.append(module))
+    x, names = torch.randn(2, 4, 3, 3), list(model.state_dict())
+    kernels.apply_to_unet(model)
+    assert not any(a is b for a, b in zip(list(model.modules())[1:], before[1:], strict=True))
+    assert list(model.state_dict()) == names
+    model.load_state_dict({k: torch.rand(4) for k in names}, assign=True)  # other parameters
+    want = model.eval()(x)
+    assert not heard
+    kernels.remove_from_unet(model)
+    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+    assert model[1].inplace
+    assert not any(module.training for module in before)
+    torch.testing.assert_close(model(x), want)
+    assert [id(module) for module in heard] == [id(module) for module in before[1:]]
