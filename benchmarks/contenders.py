@@ -41,6 +41,9 @@ FORMS = {  # what choose_execution chooses from on a CPU
 }
 
 
+ON_CUDA = ("diffusers, bf16", "diffusers, bf16, compiled", "ours, CUDA graph")
+
+
 def images(device: str) -> torch.Tensor:
     spec = SPECS[device]
     shape = (BATCH[device], spec.channels, spec.image_size, spec.image_size)
@@ -54,8 +57,9 @@ def _model(device: str) -> nn.Module:
     return model
 
 
-def diffusers_step(device: str) -> Job:
-    """The loop body of its example train_unconditional.py with its defaults and `--use_ema`."""
+def diffusers_step(device: str, *, half: bool = False, compiled: bool = False) -> Job:
+    """The loop body of its example train_unconditional.py with its defaults and `--use_ema`;
+    `half`: with `--mixed_precision=bf16`, `compiled`: the network with torch.compile."""
     from diffusers.optimization import get_scheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from diffusers.training_utils import EMAModel
@@ -69,11 +73,14 @@ def diffusers_step(device: str) -> Job:
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
     ema.to(device)
     clean = (images(device).float() / 127.5 - 1.0).to(device)
+    network: Any = torch.compile(model) if compiled else model
 
     def step() -> None:
         noise = torch.randn(clean.shape, device=device)
         t = torch.randint(0, 1000, (len(clean),), device=device)
-        prediction = model(scheduler.add_noise(clean, noise, t), t).sample
+        x_t = scheduler.add_noise(clean, noise, t)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            prediction = network(x_t, t).sample
         functional.mse_loss(prediction.float(), noise.float()).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -81,7 +88,10 @@ def diffusers_step(device: str) -> Job:
         optimizer.zero_grad()
         ema.step(model.parameters())
 
-    return step, _about(model, "fp32, eager, NCHW")
+    if compiled:
+        step()  # here, where a compiler that fails is this contender's own failure
+    numbers, how = "bf16 autocast" if half else "fp32", "torch.compile" if compiled else "eager"
+    return step, _about(model, f"{numbers}, {how}, NCHW")
 
 
 def our_step(device: str, execution: Execution | None = None) -> Job:
@@ -97,6 +107,22 @@ def our_step(device: str, execution: Execution | None = None) -> Job:
     return lambda: run.step(x_0, None), about
 
 
+def our_step_replayed(device: str) -> Job:
+    """Our step captured in a CUDA graph. Its number stays that of the capture; its work does not
+    depend on it."""
+    step, about = our_step(device)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles everything; a capture may not
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, about | {"how": about["how"].replace("eager", "replayed CUDA graph")}
+
+
 def _about(model: nn.Module, how: str) -> dict[str, Any]:
     how = how.replace("torch.", "").replace("float32", "fp32").replace("bfloat16", "bf16")
     return {"parameters": sum(p.numel() for p in copy.copy(model).parameters()), "how": how}
@@ -104,9 +130,14 @@ def _about(model: nn.Module, how: str) -> dict[str, Any]:
 
 def main() -> None:
     name, device = sys.argv[1:]
-    make: Callable[[str], Job] = diffusers_step if name == "diffusers" else our_step
-    if name in FORMS:
-        make = functools.partial(our_step, execution=FORMS[name])
+    others: dict[str, Callable[[str], Job]] = {
+        "diffusers": diffusers_step,
+        "diffusers, bf16": functools.partial(diffusers_step, half=True),
+        "diffusers, bf16, compiled": functools.partial(diffusers_step, half=True, compiled=True),
+        "ours": our_step,
+        "ours, CUDA graph": our_step_replayed,
+    }
+    make = others.get(name) or functools.partial(our_step, execution=FORMS[name])
     if device == "cuda":
         serve(lambda: make(device), torch.cuda.synchronize, torch.cuda.max_memory_allocated)
     else:

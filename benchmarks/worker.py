@@ -1,7 +1,8 @@
 """A contender in a process of its own, so that peak memory is its own and environments may differ.
 
-The parent writes a line for every step it wants and reads back `wall-seconds CPU-seconds`; at the
-end of its input the worker prints one JSON object about itself. Only the standard library here: a
+The parent writes a line for every step it wants and reads back `wall-seconds CPU-seconds
+seconds-until-it-was-enqueued`; at the end of its input the worker prints one JSON object about
+itself. Only the standard library here: a
 contender's environment may hold nothing of ours.
 """
 
@@ -37,8 +38,9 @@ def serve(
         wait()
         wall, cpu = time.perf_counter(), time.process_time()
         job()
+        enqueued = time.perf_counter() - wall
         wait()
-        print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+        print(time.perf_counter() - wall, time.process_time() - cpu, enqueued, flush=True)
     top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     about["peak_mib"] = round((peak_bytes() if peak_bytes else top) / 2**20)
     print(json.dumps(about), flush=True)
@@ -60,6 +62,7 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.cpu_seconds: list[float] = []
+        self.launch_seconds: list[float] = []
         if self._read() != "ready":
             raise Unavailable(self._last_words())
 
@@ -69,8 +72,9 @@ class Worker:
         line = self._read()
         if not line:
             raise Unavailable(self._last_words())
-        wall, cpu = map(float, line.split())
+        wall, cpu, launch = map(float, line.split())
         self.cpu_seconds.append(cpu)
+        self.launch_seconds.append(launch)
         return wall
 
     def finish(self) -> dict[str, Any]:
