@@ -27,7 +27,6 @@ import torch
 from benchmarks.fedddpm_pictures import draw_finals, draw_rounds, draw_sizes
 from benchmarks.fedddpm_tables import (
     PAPER,
-    PLUS,
     UNCORRECTED,
     Json,
     Runs,
@@ -116,7 +115,7 @@ def report(name: str) -> None:
     (folder / "rounds.md").write_text(rounds_table(runs), "utf-8")
     found = {plus: ratios(competing, plus) for plus in PAPER if plus in runs}
     (folder / "ratios.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    draw = draw_rounds if PLUS in runs else draw_sizes if "auxiliary" in name else draw_finals
+    draw = draw_rounds if found else draw_sizes if "auxiliary" in name else draw_finals
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
     _include(name, shown)
 

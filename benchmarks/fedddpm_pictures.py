@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.fedddpm_tables import (
     METRICS,
     PAPER,
-    PLUS,
     Runs,
     auxiliary_sets,
     evaluations,
@@ -24,7 +23,7 @@ SHOWN = (*_USUAL, *dict.fromkeys(PAPER.values()), *PAPER, *_CONTROLS)
 def draw_rounds(runs: Runs, path: Path) -> None:
     """What `METRICS` names, by the share of a run's rounds that are done: the mean over the seeds,
     and their range as a band. Controls are dashed; dotted: the auxiliary set itself."""
-    figure, axes = _figure(len(METRICS), (11.0, 8.4), rows=2)
+    figure, axes = _figure(len(METRICS), (11.0, 9.0), rows=2)
     for plot, (key, title, scale, _) in zip(axes, METRICS, strict=True):
         for name in (name for name in SHOWN if name in runs):
             curves = [evaluations(run) for run in runs[name]]
@@ -35,14 +34,14 @@ def draw_rounds(runs: Runs, path: Path) -> None:
             (line,) = plot.plot(done, [mean(v) for v in values], f"o{style}", ms=3, label=name)
             low, high = [min(v) for v in values], [max(v) for v in values]
             plot.fill_between(done, low, high, alpha=0.1, color=line.get_color())
-        if sets := auxiliary_sets(runs[PLUS]):
+        if sets := max((auxiliary_sets(some) for some in runs.values()), key=len):
             level = mean(event[key] * scale for event in sets)
             plot.axhline(level, color="black", ls=":", label="the auxiliary set")
         plot.set(xlabel="share of the rounds", ylabel=title, xlim=(0, 1.02))
         if key in ("fid", "kid"):
             _logarithmic(plot)
-    axes[1].legend(fontsize=7, loc="upper right")
-    _save(figure, path)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
+    _save(figure, path, below=0.08)
 
 
 def draw_finals(runs: Runs, path: Path) -> None:
@@ -115,9 +114,10 @@ def _logarithmic(plot: Any) -> None:
     plot.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    """With a share of its height left free below."""
     from matplotlib import pyplot
 
-    figure.tight_layout()
+    figure.tight_layout(rect=(0.0, below, 1.0, 1.0))
     figure.savefig(path)
     pyplot.close(figure)

@@ -145,6 +145,17 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
+_CONTROLS = (
+    "fedavg-end",
+    "fedavg-end-long",
+    "auxiliary",
+    "auxiliary-3x",
+    "fedavg-double",
+    "central",
+    "central-3x",
+)
+
+
 def ratios(runs: Runs, plus: str = PLUS) -> Json:
     """The aims for the run `plus`, each as a ratio of means over the seeds that both of its runs
     have; absent where a run is missing. The best baseline is the best of those that have as many
@@ -190,7 +201,7 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         ]
     found["secure_vs_float"] = of_fids(f"{plus}-secure", plus)
     found["secure_vs_float_fedavg"] = of_fids("fedavg-secure", "fedavg")
-    for control in ("fedavg-end", "auxiliary", "auxiliary-3x", "fedavg-double", "central"):
+    for control in _CONTROLS:
         found[f"fid_vs_{control}"] = of_fids(plus, control)
     shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
     return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
@@ -233,7 +244,7 @@ _AIMS = {
 def ratios_table(runs: Runs) -> str:
     """The ratios of the recipes of FedDDPM+ that were run, the default first, with their aims."""
     found = {name: ratios(runs, name) for name in PAPER if name in runs}
-    if PLUS not in found:
+    if not found:
         return ""
     names = dict.fromkeys(name for some in found.values() for name in some)
     lines = ["", f"| ratio | {' | '.join(found)} | aim |", "|---|" + "--:|" * (len(found) + 1)]
