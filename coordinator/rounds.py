@@ -21,7 +21,7 @@ from study.strategies import RoundRecord
 log = structlog.get_logger()
 
 _GRID = 40
-_CORRECTS_FOR = 30.0
+_CORRECTS_FOR = 30.0  # seconds until a correction keeps what it has: the most a restart costs
 
 
 class Rounds(Steps):

@@ -252,9 +252,9 @@ class Runner(Rounds):
         self._live.row = await self._tools.store.do(records.study, self._live.id)
 
     async def _over(self, state: str, error: str | None = None) -> None:
+        self._forget_corrections()  # first: a study that is over is not looked at again
         await self._tools.store.do(records.set_state, self._live.id, state, error)
         self._live.row = await self._tools.store.do(records.study, self._live.id)
-        self._forget_corrections()
         log.info("study.over", study=self._live.id, state=state, error=error)
         await self._report.write()
         self._live.bell.ring()

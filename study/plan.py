@@ -40,7 +40,7 @@ from study.sections import (
     Study,
     WarmUp,
 )
-from study.strategies import AnyStrategy, Correction, FedAvg
+from study.strategies import AnyStrategy, Correction, FedAvg, FedDDPMPlus
 
 
 class Plan(Spec):
@@ -196,8 +196,8 @@ class Plan(Spec):
                 f'strategy.kind = "{self.strategy.kind}" corrects on auxiliary images: '
                 "add [auxiliary] with `images = …`, or use another strategy"
             )
-        watched = getattr(self.strategy, "signal", "auxiliary")
-        if watched == "silos" and self.rounds.participation < 1.0:
+        watches_silos = isinstance(self.strategy, FedDDPMPlus) and self.strategy.signal == "silos"
+        if watches_silos and self.rounds.participation < 1.0:
             raise ValueError(
                 f'strategy.signal = "silos" compares rounds of the same silos, but with '
                 f"rounds.participation = {self.rounds.participation} others train in each: use "
