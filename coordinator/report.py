@@ -165,6 +165,8 @@ def _round(results: Json, number: int) -> Json:
         line["auxiliary_loss"] = decision["loss"]
     if corrected:
         line["correction"] = {key: corrected[key] for key in _CORRECTED if key in corrected}
+    if sharing := part("sharing"):
+        line["sharing"] = {k: v for k, v in sharing.items() if k != "seconds"}
     evaluation = part("evaluation")
     if evaluation:
         line |= {key: evaluation[key] for key in _MEASURED}
@@ -197,6 +199,8 @@ def _metrics(r: Json) -> Iterator[Json]:
     if "fid" in r:
         keys = ("round", *_MEASURED, *_COMPARED)
         yield {"event": "evaluation", **{key: r[key] for key in keys if key in r}}
+    if "sharing" in r:
+        yield {"event": "sharing", "round": r["round"], **r["sharing"]}
 
 
 def _traffic_of(c: Connection, study: str) -> Json:

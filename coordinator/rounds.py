@@ -31,7 +31,7 @@ class Rounds(Steps):
         """Sum, aggregate, perhaps correct, show, measure."""
         key = f"round {number:05}"
         shared = None
-        if "shared" in auxiliary:
+        if "shared" in auxiliary and await self._shares(number):
             images = auxiliary["images"] - auxiliary["held_out_images"]
             shared = AuxiliaryImages(sha256=auxiliary["shared"], images=images)
         work = RoundWork(
@@ -54,6 +54,8 @@ class Rounds(Steps):
         await self.once(f"{key} grid", lambda: self._grid(number, step))
         if self._plan.evaluates(number):
             await self._evaluate(number, step)
+            if self._plan.strategy.stops_sharing and number < self._plan.rounds.count:
+                await self.once(f"{key} sharing", lambda: self._decide_sharing(number))
         await self.once(f"{key} tidy", lambda: self._tidy(model, step))
         return step
 
@@ -187,6 +189,25 @@ class Rounds(Steps):
         else:
             out.unlink()
         return {**step, **changed}
+
+    async def _shares(self, number: int) -> bool:
+        """Whether the silos of this round train on the auxiliary images as well: what was decided
+        when the model was last evaluated."""
+        every = self._plan.evaluation.every if self._plan.evaluation else number
+        evaluated = (number - 1) // every * every
+        if not self._plan.strategy.stops_sharing or evaluated == 0:
+            return True
+        decided = await self._result(f"round {evaluated:05} sharing")
+        return decided is None or bool(decided["share"])
+
+    async def _decide_sharing(self, number: int) -> Json:
+        """Ask the strategy, by the FIDs so far and that of the auxiliary set."""
+        evaluated = [k for k in range(1, number + 1) if self._plan.evaluates(k)]
+        fids = [(await self._result(f"round {k:05} evaluation"))["fid"] for k in evaluated]
+        of_set = (await self._result("auxiliary distance"))["fid"]
+        decision = self._plan.strategy.shares(fids, self._plan.evaluations, of_set)
+        log.info("sharing", study=self._live.id, round=number, **asdict(decision))
+        return asdict(decision)
 
     async def _judge(self, aggregate: Path, corrected: Path) -> Json:
         """A correction that does not bring samples nearer to the silos' images is not kept."""

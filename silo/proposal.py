@@ -211,6 +211,9 @@ def _check_shared(work: RoundWork, round: int, pinned: Pinned) -> None:
     what this site trains on, round by round, and fill its disk."""
     plan, named = pinned.plan, work.auxiliary
     wanted = plan.strategy.local_rules().auxiliary_share > 0.0
+    # A round on one's own images alone gives away no more than a study without such a set would.
+    if named is None and plan.may_stop_sharing(round):
+        return
     if wanted != (named is not None):
         raise ValueError(
             f"round {round}: auxiliary images to train on are {'' if wanted else 'not '}in the plan"

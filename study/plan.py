@@ -74,6 +74,19 @@ class Plan(Spec):
         return bool(every) and (round % every == 0 or round == self.rounds.count)
 
     @property
+    def evaluations(self) -> int:
+        """How many rounds are evaluated."""
+        every, count = self.evaluation.every if self.evaluation else 0, self.rounds.count
+        return -(-count // every) if every else 0
+
+    def may_stop_sharing(self, round: int) -> bool:
+        """Whether the silos of this round may be asked to train on their own images alone though
+        the strategy has an auxiliary_share: not before an evaluation could tell that they should.
+        """
+        first = min(self.evaluation.every, self.rounds.count) if self.evaluation else round
+        return self.strategy.stops_sharing and round > first
+
+    @property
     def copy_quantile(self) -> float:
         """The quantile of the memorisation audit, also without an auxiliary set."""
         return self.auxiliary.audit_quantile if self.auxiliary else 0.05

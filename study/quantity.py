@@ -92,7 +92,7 @@ class RoundWork(_Work):
     sizes: tuple[Annotated[int, Field(ge=1)], ...]
     clips: tuple[Annotated[float, Field(gt=0)], ...]
     auxiliary: AuxiliaryImages | None = None
-    """Where the strategy has an auxiliary_share."""
+    """Where the strategy has an auxiliary_share, and as long as it says so."""
 
 
 class EvaluationWork(_Work):

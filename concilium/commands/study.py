@@ -9,6 +9,7 @@ import click
 from concilium.commands.coordinator import home_option, plainly
 from coordinator import admin
 from study.plan import Plan, load_plan
+from study.strategies import FedDDPMPlus
 
 _plan = click.argument("plan", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 
@@ -136,7 +137,7 @@ def _described(plan: Plan, silos: int) -> str:
         if share := plan.strategy.local_rules().auxiliary_share:
             lines.append(
                 "              and all sites are sent the union, to draw "
-                f"{share:.0%} of each batch from it"
+                f"{share:.0%} of each batch from it{_until(plan)}"
             )
     if plan.evaluation:
         lines.append(
@@ -158,6 +159,15 @@ def _classes(plan: Plan) -> str:
         return ""
     names = f" ({', '.join(plan.data.class_names)})" if plan.data.class_names else ""
     return f", {plan.model.classes} classes{names}, guidance {plan.sampler.guidance:g}"
+
+
+def _until(plan: Plan) -> str:
+    strategy = plan.strategy
+    if plan.evaluation is None or not (isinstance(strategy, FedDDPMPlus) and strategy.share_until):
+        return ""
+    return (
+        f",\n              until the model's FID is at most {strategy.share_until:g} times its own"
+    )
 
 
 def _every(rounds: int) -> str:

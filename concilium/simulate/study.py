@@ -55,6 +55,7 @@ class Study:
         self._execution = execution_of(point.simulation.precision)
         self._ruler = Ruler(point.plan, federation, memo, self._execution, point.simulation)
         self._shared: Shared | None = None
+        self._auxiliary_fid: float | None = None
         self._common = {
             "data": federation.digest,
             "precision": point.simulation.precision,
@@ -75,15 +76,16 @@ class Study:
         if self._plan.strategy.correction or self._point.training == "auxiliary":
             union = self._auxiliary()
             auxiliary = union["images"], union.get("labels")
+            measured = self._measured(union["images"])
+            self._auxiliary_fid = measured.get("fid")
             yield {
                 "event": "auxiliary",
                 "images": len(union["images"]),
                 **{name: int(union[name]) for name in ("tag_bytes", "image_bytes")},
-                **self._measured(union["images"]),
+                **measured,
             }
         if self._point.training == "federated":
             corrections = self._corrections(auxiliary)
-            self._shared = corrections.shared() if corrections else None
             yield from self._rounds(corrections)
         else:
             yield from self._alone(auxiliary)
@@ -118,6 +120,8 @@ class Study:
         sizes = tuple(tensors) * plan.strategy.parts
         kept: Mapping[str, NDArray[Any]] = {}
         history: list[RoundRecord] = []
+        fids: list[float] = []
+        self._shared = corrections.shared() if corrections else None
         steps = {"local_steps": 0, "correction_steps": 0}
         for number in range(1, plan.rounds.count + 1):
             given = plan.strategy.round_input(state, model)
@@ -147,11 +151,17 @@ class Study:
                 for line in lines:
                     steps["correction_steps"] += line.get("steps", 0)
             self.model = model
-            if self._is_evaluated(number):
+            if self._plan.evaluates(number):
                 measured = self._ruler.of_model(model)
                 digest = hashlib.sha256(model.astype("<f4").tobytes()).hexdigest()
                 also = {**steps, "model": digest, **self._accuracy(model, number)}
                 yield self._evaluation(number, measured, also)
+                fids.append(measured.fid)
+                follow = number < plan.rounds.count
+                if corrections is not None and plan.strategy.stops_sharing and follow:
+                    rule = plan.strategy.shares(fids, plan.evaluations, self._auxiliary_fid)
+                    self._shared = corrections.shared() if rule.share else None
+                    yield {"event": "sharing", "round": number, **asdict(rule)}
 
     def _round(
         self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]
@@ -300,7 +310,7 @@ class Study:
             sets = [(np.concatenate(federation.images), np.concatenate(known) if known else None)]
         elif kind == "auxiliary" and auxiliary is not None:
             sets = [auxiliary]
-        rounds = [n for n in range(1, self._plan.rounds.count + 1) if self._is_evaluated(n)]
+        rounds = [n for n in range(1, self._plan.rounds.count + 1) if self._plan.evaluates(n)]
         models = train_alone(self._point, self._common, sets, rounds, self._memo, self._pool)
         for row, number in enumerate(rounds):
             measured = self._ruler.of_models([weights[row] for weights in models])
@@ -312,11 +322,6 @@ class Study:
         if self._plan.model.classes is None or number < self._plan.rounds.count:
             return {}
         return {"accuracy": self._ruler.accuracy_of_model(model)}
-
-    def _is_evaluated(self, number: int) -> bool:
-        evaluation = self._plan.evaluation
-        last = number == self._plan.rounds.count
-        return evaluation is not None and (last or number % evaluation.every == 0)
 
     def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
         return {"event": "evaluation", "round": number, **measured.line(), **also}

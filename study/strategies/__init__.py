@@ -16,6 +16,7 @@ from study.strategies.base import (
     Decision,
     LocalRules,
     RoundRecord,
+    Sharing,
     State,
     Strategy,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "LocalRules",
     "RoundRecord",
     "Scaffold",
+    "Sharing",
     "State",
     "Strategy",
 ]

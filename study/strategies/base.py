@@ -100,6 +100,16 @@ class Decision:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Whether silos train on the auxiliary images in the rounds that follow, why, and the numbers
+    the answer rests on."""
+
+    share: bool
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
 class Strategy(Spec):
     """A table of the plan and what it means. Pure: state comes in and goes out."""
 
@@ -117,6 +127,11 @@ class Strategy(Spec):
         """Vectors of the model's size that travel each way: θ and δ; with a control variate also c
         and Δc."""
         return 2 if self.local_rules().control else 1
+
+    @property
+    def stops_sharing(self) -> bool:
+        """Whether `shares` may ever say no where the plan has an auxiliary_share."""
+        return False
 
     def initial_state(self, size: int) -> State:
         """The state before the first round, for a model of `size` parameters."""
@@ -136,6 +151,16 @@ class Strategy(Spec):
         changed. `round` counts from 1.
         """
         return state, global_vector + mean_delta
+
+    def shares(
+        self, fids: Sequence[float], evaluations: int, auxiliary_fid: float | None
+    ) -> Sharing:
+        """Whether the silos of the rounds that follow train on the auxiliary images too.
+
+        `fids` are those of the global model so far, of `evaluations` in the whole study, in order;
+        `auxiliary_fid` is the set's own, None where it was not measured.
+        """
+        return Sharing(self.local_rules().auxiliary_share > 0.0, "as the plan has it")
 
     def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether to correct the aggregate of the last round in `history` (completed rounds, in

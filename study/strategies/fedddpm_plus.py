@@ -17,7 +17,9 @@ correction after the first round, of twice as many steps as a silo takes in all;
 draw half of each batch from the auxiliary set (`auxiliary_share`), which keeps them from drifting
 away from what it taught; and a correction later on only where the held-out loss goes up
 (τ = −0.05): a loss that stands still is that of a model that is nearly done, and a correction harms
-it. What is corrected late, without sharing, is undone by the silos' next local steps.
+it. Where the model has come near the set (`share_until`), as it soon does on IID data, the set only
+holds it back, and silos go on with their own images alone. What is corrected late, without sharing,
+is undone by the silos' next local steps.
 
 With `signal` = "silos" L_r is the silos' mean training loss of round r, which the secure sum of
 the round carries anyway; a round compares with one of the same silos alone. It costs nothing, but
@@ -34,7 +36,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from study.strategies.base import Decision, RoundRecord, When
+from study.strategies.base import Decision, RoundRecord, Sharing, When
 from study.strategies.fedddpm import Corrected
 
 _SIGNALS = {"auxiliary": "held-out", "silos": "the silos'"}
@@ -49,7 +51,12 @@ class FedDDPMPlus(Corrected):
     auxiliary_share: Annotated[float, Field(ge=0.0, le=0.9)] = 0.5
     """Part of every local batch that is of the auxiliary set, against the silos' drift (data that
     all share: arXiv 1806.00582). Every site is sent the set, without the held-out images; with 0
-    none is. Without drift it does harm: 0 where all sites have the same kinds of images."""
+    none is. Without drift it does harm, hence `share_until`."""
+
+    share_until: Annotated[float, Field(ge=0.0, le=100.0)] = 1.25
+    """Silos share until the FID of the global model is at most this many times the auxiliary set's
+    own. Where a later evaluation finds it higher again, they share from then on to the end. 0 = to
+    the end in any case; so it is without [evaluation]."""
 
     first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """K of the correction after the first round, before the silos drift apart; absent = twice as
@@ -90,6 +97,31 @@ class FedDDPMPlus(Corrected):
     def _first_steps(self) -> int | None:
         steps = self.first_correction_steps
         return self.correction_steps if steps == 0 else steps
+
+    @property
+    def stops_sharing(self) -> bool:
+        return self.auxiliary_share > 0.0 and self.share_until > 0.0
+
+    def shares(
+        self, fids: Sequence[float], evaluations: int, auxiliary_fid: float | None
+    ) -> Sharing:
+        """Until FID(θ_r) ≤ ρ · FID(A), and again once it is higher than it was then; the numbers:
+        both FIDs, ρ, and the highest since."""
+        planned = super().shares(fids, evaluations, auxiliary_fid)
+        if not self.stops_sharing or auxiliary_fid is None:
+            return planned
+        limit = self.share_until * auxiliary_fid
+        numbers = {"auxiliary_fid": auxiliary_fid, "share_until": self.share_until}
+        # Two evaluations have to follow: one that shows what it did, one in which it is mended.
+        so_far = fids[: max(0, evaluations - 2)]
+        near = next((k for k, fid in enumerate(so_far) if fid <= limit), None)
+        if near is None:
+            return Sharing(True, f"no FID was at most {limit:.4g} in time", numbers)
+        highest = max(fids[near:])
+        numbers |= {"fid": fids[near], "highest_since": highest}
+        worse = highest > fids[near]
+        since = f", but {highest:.4g} without sharing" if worse else ""
+        return Sharing(worse, f"FID was {fids[near]:.4g}, at most {limit:.4g}{since}", numbers)
 
     def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether learning is slow; the numbers: both losses, their rounds, improvement, W, τ."""

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import fedddpm
 from benchmarks import fedddpm_tables as tables
+from concilium.simulate.spec import load_sweep
 from tests.concilium.test_simulate import PLUS, RUN, STUDY
 
 
@@ -164,3 +165,23 @@ def test_a_sweep_has_a_picture(name: str, tmp_path: Path) -> None:
     }
     getattr(fedddpm, name)(sizes, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_run_that_is_kept_would_share_otherwise_today() -> None:
+    """Runs from before silos could stop sharing are kept: none of them comes near its set."""
+    judged = 0
+    for study in sorted((fedddpm.HERE / "studies").glob("*.toml")):
+        for point in load_sweep(study).points():
+            path = fedddpm.RESULTS / study.stem / f"{point.label}.json"
+            plan, federated = point.plan, point.training == "federated"
+            if not (plan.strategy.stops_sharing and federated and path.exists()):
+                continue
+            events = json.loads(path.read_text("utf-8"))["events"]
+            (of_set,) = (event["fid"] for event in events if event["event"] == "auxiliary")
+            fids = [event["fid"] for event in events if event["event"] == "evaluation"]
+            told = [event["share"] for event in events if event["event"] == "sharing"]
+            asked = range(1, plan.evaluations)
+            said = [plan.strategy.shares(fids[:k], plan.evaluations, of_set).share for k in asked]
+            assert said == (told or [True] * len(said)), path
+            judged += 1
+    assert judged > 50

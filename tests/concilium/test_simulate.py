@@ -173,6 +173,35 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     assert simulate(other, tmp_path / "other")["plus-4"] != table["plus-3"]
 
 
+@pytest.mark.parametrize("secure", ["false", "true"])
+def test_silos_go_on_with_their_own_images_where_the_model_is_near_the_set(
+    secure: str, tmp_path: Path
+) -> None:
+    """As near as can be, here: from the first evaluation on, of which there are three."""
+    rounds = "plan.rounds = {count = 3}\n"
+    runs = {
+        name: rounds
+        + DEFAULT.replace("}", f", share_until = {until}}}")
+        + f"\nsecure_sum = {secure}"
+        for name, until in (("near", 100.0), ("never", 0.0))
+    }
+    lines = simulate(study(tmp_path, runs), tmp_path / "out")
+    told = {
+        name: [line for line in found if line["event"] == "sharing"]
+        for name, found in lines.items()
+    }
+    assert told["never-3"] == []
+    assert [line["round"] for line in told["near-3"]] == [1, 2], "no round follows the third"
+    assert told["near-3"][0]["share"] is False
+    assert {"fid", "auxiliary_fid", "share_until"} <= set(told["near-3"][0]["numbers"])
+    moved = {
+        name: [line["moved"] for line in found if line["event"] == "round"]
+        for name, found in lines.items()
+    }
+    assert moved["near-3"][0] == moved["never-3"][0]
+    assert moved["near-3"][1] != moved["never-3"][1]
+
+
 def test_a_silo_that_has_no_image_to_give_gives_none(tmp_path: Path) -> None:
     few = {"images = 60": "images = 10", "images = 300": "images = 1000"}
     skewed = {'{labels = "dirichlet", alpha = 0.5}': "{quantity = 0.3}", "[3]": "[6]"}

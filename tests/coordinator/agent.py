@@ -172,6 +172,8 @@ class TestSilo:
         """Of this silo's images, (n, d) about the network's center; drawn where there are none."""
         self.greed = 0
         """How many synthetic images more than its share it brings."""
+        self.shared: dict[str, bool] = {}
+        """Which rounds came with auxiliary images to train on, by quantity."""
         self.errors: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -345,6 +347,9 @@ class TestSilo:
             case RoundWork():
                 encoding = delta_encoding(work, roster.size, taking.plan.secure_sum.ring)
                 n = sum(work.sizes)
+                self.shared[f"round {SessionContext.decode(task.open.context).quantity.round}"] = (
+                    work.auxiliary is not None
+                )
                 model = await download(stub, task.study, task.open.artifacts[0])
                 assert len(model) == 4 * n
                 delta = rng.normal(0, 0.01, n).astype(np.float32)

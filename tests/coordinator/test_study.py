@@ -239,6 +239,44 @@ async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path
         assert told["correction", 2]["learning_rate"] > 0
 
 
+async def test_silos_are_asked_to_share_until_the_model_is_near_the_set_also_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    sharing = {"auxiliary_share = 0.0": "auxiliary_share = 0.5\nshare_until = 100.0"}
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+
+        async def restart(silo: TestSilo, where: str) -> None:
+            if where == "after MASKED_INPUT" and "round 2" in silo.shared:
+                silo.hook = nothing
+                await federation.restart()
+
+        silos[0].hook = restart
+        for silo in silos:
+            silo.start()
+        more = FEDDDPM_PLUS.replace("every = 2", "every = 1")
+        for old, new in sharing.items():
+            more = more.replace(old, new)
+        plan = federation.plan(rounds=4, more=more)
+        study = admin.start_study(federation.home, plan)
+        await federation.until(lambda: federation.study(study).state == "finished", 150)
+
+        rounds = json.loads((federation.study(study).folder / "report.json").read_text())["rounds"]
+        fids, of_set = (
+            [line["fid"] for line in rounds],
+            federation.result(study, "auxiliary distance")["fid"],
+        )
+        strategy = load_plan(plan).strategy
+        decided = [strategy.shares(fids[:k], 4, of_set).share for k in (1, 2, 3)]
+        assert [line["sharing"]["share"] for line in rounds[:3]] == decided
+        assert decided[0] is False
+        assert "sharing" not in rounds[3], "no round follows"
+        wanted = {f"round {k}": share for k, share in enumerate([True, *decided], start=1)}
+        assert [silo.shared for silo in silos] == [wanted] * 4
+        told = (federation.study(study).folder / "metrics.jsonl").read_text()
+        assert told.count('"event": "sharing"') == 3
+
+
 def features_of_the_first_model(plan_text: str, images: int, folder: Path) -> np.ndarray[Any, Any]:
     """Of images that the first model draws, about the network's center: float64 (images, d)."""
     plan, path = load_plan(plan_text), folder / "first.f32"

@@ -15,7 +15,7 @@ from secagg.messages import Confirm, Signed, Step
 from silo.errors import ProposalRefused
 from silo.model_size import parameter_count
 from silo.proposal import Artifact, Pinned, Proposal, check_open
-from study.plan import Plan
+from study.plan import Plan, load_plan
 from study.quantity import (
     AuxiliaryImages,
     CensusWork,
@@ -28,6 +28,7 @@ from study.quantity import (
     encode_work,
     session_context,
 )
+from tests.silo.studies import PLAN as PLAN_TEXT
 from tests.silo.studies import make_plan, make_roster
 
 PLAN = make_plan()
@@ -259,3 +260,25 @@ def test_auxiliary_images_to_train_on_come_where_the_plan_says_so_and_are_the_wo
         check(shared(19), images)
     with pytest.raises(ProposalRefused, match="1 artifacts, not the input model and the aux"):
         check(shared(20))
+
+
+def test_a_round_without_auxiliary_images_comes_no_earlier_than_the_plan_lets_it() -> None:
+    plus = 'kind = "fedddpm_plus"\nauxiliary_share = 0.5'
+
+    def check(round: int, strategy: str) -> Proposal:
+        text = PLAN_TEXT.replace('kind = "fedddpm"', strategy).replace("{sha256}", "ab" * 32)
+        plan = load_plan(text.replace("samples = 8", "samples = 8\nevery = 2"))
+        context = session_context(
+            ROSTER, plan.digest(), 16, ROUND, session=5, round=round, model=MODEL, previous=PREVIOUS
+        )
+        message = pb.Open(context=context.encode(), work=encode_work(ROUND), artifacts=[MODEL])
+        return check_open(5, message, replace(PINNED, plan=plan))
+
+    assert len(check(3, plus).artifacts) == 1, "after the evaluation of round 2"
+    for round, strategy in (
+        (2, plus),
+        (3, plus + "\nshare_until = 0.0"),
+        (3, 'kind = "fedddpm"\nauxiliary_share = 0.5'),
+    ):
+        with pytest.raises(ProposalRefused, match="to train on are in the plan"):
+            check(round, strategy)

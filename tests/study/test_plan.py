@@ -310,3 +310,14 @@ def test_the_control_variate_has_the_longest_gradient_as_its_first_clip():
     scaffold = EXAMPLE.partition("[strategy]")[0] + '[strategy]\nkind = "scaffold"\n'
     plan = load_plan(scaffold)
     assert plan.first_clips(2) == (plan.first_clip, plan.first_clip, 1.0, 1.0)
+
+
+def test_a_plan_says_from_which_round_on_sharing_may_stop_and_how_often_it_is_evaluated():
+    plan = load_plan(EXAMPLE)
+    assert plan.evaluation is not None
+    every, count = plan.evaluation.every, plan.rounds.count
+    evaluated = [number for number in range(1, count + 1) if plan.evaluates(number)]
+    assert plan.evaluations == len(evaluated)
+    assert [plan.may_stop_sharing(number) for number in (1, every, every + 1)] == [0, 0, 1]
+    without = plan.model_copy(update={"evaluation": None})
+    assert (without.evaluations, without.may_stop_sharing(count)) == (0, False)

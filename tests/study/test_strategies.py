@@ -285,3 +285,29 @@ def test_by_default_ours_corrects_once_after_the_first_round_and_silos_train_on_
 def test_the_paper_keeps_every_correction_and_ours_judges_the_last():
     assert FedDDPM().correction.judged == "never"
     assert FedDDPMPlus().correction.judged == "last"
+
+
+@pytest.mark.parametrize(
+    ("fids", "share"),
+    [
+        ([], True),
+        ([0.20], True),
+        ([0.20, 0.13], True),
+        ([0.20, 0.125], False),
+        ([0.20, 0.12, 0.11], False),
+        ([0.20, 0.12, 0.121], True),
+        ([0.20, 0.12, 0.121, 0.10], True),
+        ([0.20, 0.12, 0.11, 0.121], True),
+        ([0.20, 0.19, 0.18, 0.12], False),
+        ([0.20, 0.19, 0.18, 0.17, 0.12], True),
+    ],
+)
+def test_silos_share_until_the_model_is_near_the_set_and_again_where_it_got_worse(fids, share):
+    plus = FedDDPMPlus()
+    decided = plus.shares(fids, 6, 0.1)
+    assert decided.share is share
+    assert decided.numbers["auxiliary_fid"] == 0.1
+    assert plus.shares(fids, 6, None).share, "where the set was not measured"
+    assert FedDDPMPlus(share_until=0.0).shares(fids, 6, 0.1).share
+    assert FedDDPM(auxiliary_share=0.5).shares(fids, 6, 0.1).share
+    assert not FedDDPMPlus(auxiliary_share=0.0).shares(fids, 6, 0.1).share
