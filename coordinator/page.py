@@ -124,22 +124,31 @@ def _samples(folder: Path) -> str:
 
 
 def _charts(rounds: Sequence[Json]) -> str:
+    corrected = {r["round"] for r in rounds if "correction" in r}
+    alone = {r["round"] for r in rounds if "sharing" in r and not r["sharing"]["share"]}
+    ended = "; ○ = then silos train on their own images alone" if alone else ""
+    losses = [(r["round"], r["loss"]) for r in rounds]
     series = [
-        ("Training loss (mean over silos)", [(r["round"], r["loss"]) for r in rounds], "--blue"),
+        ("Training loss (mean over silos)", losses, "--blue", corrected),
         (
             "Loss on held-out auxiliary images; ○ = then corrected",
-            [(r["round"], r["auxiliary_loss"]) for r in rounds if "auxiliary_loss" in r],
+            _points(rounds, "auxiliary_loss"),
             "--green",
+            corrected,
         ),
-        ("FID, smaller is better", _points(rounds, "fid"), "--red"),
-        ("KID, mean over silos, smaller is better", _points(rounds, "kid"), "--red"),
-        ("Coverage of the silos' images, mean", _points(rounds, "coverage"), "--green"),
-        ("Share of samples near a training image, mean", _points(rounds, "copies"), "--blue"),
+        (f"FID, smaller is better{ended}", _points(rounds, "fid"), "--red", alone),
+        ("KID, mean over silos, smaller is better", _points(rounds, "kid"), "--red", corrected),
+        ("Coverage of the silos' images, mean", _points(rounds, "coverage"), "--green", corrected),
+        (
+            "Share of samples near a training image, mean",
+            _points(rounds, "copies"),
+            "--blue",
+            corrected,
+        ),
     ]
-    corrected = {r["round"] for r in rounds if "correction" in r}
     drawn = [
-        f"<figure><figcaption>{name}</figcaption>{_chart(points, color, corrected)}</figure>"
-        for name, points, color in series
+        f"<figure><figcaption>{name}</figcaption>{_chart(points, color, marked)}</figure>"
+        for name, points, color, marked in series
         if points
     ]
     drawn += _loss_by_timestep(rounds)
@@ -273,7 +282,10 @@ def _files(report: Json) -> str:
         ("model/", "the model; <code>diffusers.DDPMPipeline.from_pretrained</code> loads it"),
         ("samples.png", "samples of it"),
         ("grids/", "a grid of samples per round"),
-        ("metrics.jsonl", "auxiliary set, rounds, decisions, corrections, evaluations: one a line"),
+        (
+            "metrics.jsonl",
+            "auxiliary set, rounds, decisions, corrections, evaluations, sharing: one a line",
+        ),
         ("report.json", "all that this page shows"),
     ]
     body = "".join(

@@ -275,6 +275,8 @@ async def test_silos_are_asked_to_share_until_the_model_is_near_the_set_also_aft
         assert [silo.shared for silo in silos] == [wanted] * 4
         told = (federation.study(study).folder / "metrics.jsonl").read_text()
         assert told.count('"event": "sharing"') == 3
+        page = (federation.study(study).folder / "index.html").read_text()
+        assert "○ = then silos train on their own images alone" in page
 
 
 def features_of_the_first_model(plan_text: str, images: int, folder: Path) -> np.ndarray[Any, Any]:
