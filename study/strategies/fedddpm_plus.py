@@ -53,7 +53,7 @@ class FedDDPMPlus(Corrected):
     all share: arXiv 1806.00582). Every site is sent the set, without the held-out images; with 0
     none is. Without drift it does harm, hence `share_until`."""
 
-    share_until: Annotated[float, Field(ge=0.0, le=100.0)] = 1.25
+    share_until: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
     """Silos share until the FID of the global model is at most this many times the auxiliary set's
     own. Where a later evaluation finds it higher again, they share from then on to the end. 0 = to
     the end in any case; so it is without [evaluation]."""

@@ -73,7 +73,7 @@ def test_study_check_says_what_a_plan_means() -> None:
     assert shown.exit_code == 0
     assert "threshold 3, 1 colluders tolerated" in shown.output
     assert "all sites are sent the union, to draw 50% of each batch from it" in shown.output
-    assert "until the model's FID is at most 1.25 times its own" in shown.output
+    assert "until the model's FID is at most 2 times its own" in shown.output
     assert "classes" not in shown.output
 
 
