@@ -184,4 +184,4 @@ def test_no_run_that_is_kept_would_share_otherwise_today() -> None:
             said = [plan.strategy.shares(fids[:k], plan.evaluations, of_set).share for k in asked]
             assert said == (told or [True] * len(said)), path
             judged += 1
-    assert judged > 50
+    assert judged > 15
