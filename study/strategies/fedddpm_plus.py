@@ -39,6 +39,8 @@ from pydantic import Field, model_validator
 from study.strategies.base import Decision, RoundRecord, Sharing, When
 from study.strategies.fedddpm import Corrected
 
+# Sharing would have brought something too: what is to take its place has to bring clearly more.
+_GAIN = 0.9
 _SIGNALS = {"auxiliary": "held-out", "silos": "the silos'"}
 
 
@@ -55,8 +57,9 @@ class FedDDPMPlus(Corrected):
 
     share_until: Annotated[float, Field(ge=0.0, le=100.0)] = 2.0
     """Silos share until the FID of the global model is at most this many times the auxiliary set's
-    own. Where a later evaluation finds it higher again, they share from then on to the end. 0 = to
-    the end in any case; so it is without [evaluation]."""
+    own. Where the next evaluation does not find it lower by a tenth, or a later one finds it higher
+    than it was, they share from then on to the end. 0 = to the end in any case; so it is without
+    [evaluation]."""
 
     first_correction_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """K of the correction after the first round, before the silos drift apart; absent = twice as
@@ -105,8 +108,8 @@ class FedDDPMPlus(Corrected):
     def shares(
         self, fids: Sequence[float], evaluations: int, auxiliary_fid: float | None
     ) -> Sharing:
-        """Until FID(θ_r) ≤ ρ · FID(A), and again once it is higher than it was then; the numbers:
-        both FIDs, ρ, and the highest since."""
+        """Until FID(θ_r) ≤ ρ · FID(A), and again where the next one is above 0.9 · FID(θ_r), or a
+        later one above FID(θ_r); the numbers: both FIDs, ρ, the next FID, and the highest since."""
         planned = super().shares(fids, evaluations, auxiliary_fid)
         if not self.stops_sharing or auxiliary_fid is None:
             return planned
@@ -117,11 +120,17 @@ class FedDDPMPlus(Corrected):
         near = next((k for k, fid in enumerate(so_far) if fid <= limit), None)
         if near is None:
             return Sharing(True, f"no FID was at most {limit:.4g} in time", numbers)
-        highest = max(fids[near:])
-        numbers |= {"fid": fids[near], "highest_since": highest}
-        worse = highest > fids[near]
-        since = f", but {highest:.4g} without sharing" if worse else ""
-        return Sharing(worse, f"FID was {fids[near]:.4g}, at most {limit:.4g}{since}", numbers)
+        then, after = fids[near], fids[near + 1 :]
+        numbers["fid"] = then
+        why = f"FID was {then:.4g}, at most {limit:.4g}"
+        if not after:
+            return Sharing(False, why, numbers)
+        numbers |= {"next_fid": after[0], "highest_since": max(after)}
+        if after[0] > _GAIN * then:
+            return Sharing(True, f"{why}, and without sharing came to {after[0]:.4g} only", numbers)
+        if max(after) > then:
+            return Sharing(True, f"{why}, but {max(after):.4g} without sharing", numbers)
+        return Sharing(False, f"{why}, and without sharing came to {after[0]:.4g}", numbers)
 
     def decide(self, history: Sequence[RoundRecord], last: bool = False) -> Decision:
         """Whether learning is slow; the numbers: both losses, their rounds, improvement, W, τ."""
