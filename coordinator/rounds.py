@@ -65,7 +65,8 @@ class Rounds(Steps):
         asked = Asked(work, number, self._members, model=sha256, artifacts=[sha256, *shared])
         end: SessionEnd = await self._summing.sum(asked)
         silos, epoch = self._names(end.survivors), self._live.roster.epoch
-        return {"silos": silos, "epoch": epoch, "session": asdict(end)}
+        shares = work.auxiliary is not None
+        return {"silos": silos, "epoch": epoch, "shared": shares, "session": asdict(end)}
 
     async def _round_input(self, model: Json) -> bytes:
         """What the silos start from; its digest is the `model` of the session."""
@@ -314,4 +315,5 @@ class Rounds(Steps):
 def _of_the_silos(summed: Json, step: Json) -> Json:
     """Their loss in a round, and whose it is: a new epoch has other weights."""
     loss = None if step["faults"] else step["loss"]
-    return {"silo_loss": loss, "silos": (summed["epoch"], *summed["silos"])}
+    whose = summed["epoch"], summed.get("shared", False), *summed["silos"]
+    return {"silo_loss": loss, "silos": whose}

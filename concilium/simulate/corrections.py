@@ -5,7 +5,7 @@ Reads as `coordinator/rounds.py` does; what is trained is what `diffusion.calibr
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,16 @@ class Corrections:
         return Shared(*self._training, part) if part else None
 
     def decide(
-        self, number: int, model: Vector, history: list[RoundRecord], silo_loss: float | None
+        self,
+        number: int,
+        model: Vector,
+        history: list[RoundRecord],
+        silo_loss: float | None,
+        sharing: bool,
     ) -> tuple[Vector, RoundRecord, list[Json]]:
         """The model after the decision of this round, its record, and the lines about it."""
         before = self._held_out_loss(model)
-        now = RoundRecord(number, before, silo_loss=silo_loss)
+        now = RoundRecord(number, before, silo_loss=silo_loss, silos=(sharing,))
         last = number == self._plan.rounds.count
         decision = self._plan.strategy.decide([*history, now], last)
         lines: list[Json] = [
@@ -87,7 +92,7 @@ class Corrections:
                 **kept,
             }
         )
-        record = RoundRecord(number, before, after, True, silo_loss)
+        record = replace(now, aux_loss_after=after, corrected=True)
         return corrected["model"] if kept["kept"] else model, record, lines
 
     def _judge(self, aggregate: Vector, corrected: Vector) -> Json:

@@ -143,8 +143,9 @@ class Study:
             counters = {name: int(summed[name]) for name in ("saturated", "faults")}
             yield {"event": "round", "round": number, "loss": loss, "moved": moved, **counters}
             if corrections is not None:
+                told = None if counters["faults"] else loss
                 model, record, lines = corrections.decide(
-                    number, model, history, None if counters["faults"] else loss
+                    number, model, history, told, self._shared is not None
                 )
                 history.append(record)
                 yield from lines
@@ -159,9 +160,9 @@ class Study:
                 fids.append(measured.fid)
                 follow = number < plan.rounds.count
                 if corrections is not None and plan.strategy.stops_sharing and follow:
-                    rule = plan.strategy.shares(fids, plan.evaluations, self._auxiliary_fid)
-                    self._shared = corrections.shared() if rule.share else None
-                    yield {"event": "sharing", "round": number, **asdict(rule)}
+                    said = plan.strategy.shares(fids, plan.evaluations, self._auxiliary_fid)
+                    self._shared = corrections.shared() if said.share else None
+                    yield {"event": "sharing", "round": number, **asdict(said)}
 
     def _round(
         self, number: int, given: Vector, work: RoundWork, kept: Mapping[str, NDArray[Any]]

@@ -87,8 +87,9 @@ class RoundRecord:
     """Training loss of the round, Σ w_i l_i over the silos that were summed: a secure sum. None
     where one of them had a fault: then nobody knows whose losses it adds."""
     silos: tuple[object, ...] = ()
-    """Who was summed, under which weights. The losses of two rounds compare where these are the
-    same: without one silo the sum is smaller, whatever anybody learned."""
+    """Who was summed, under which weights, and whether they trained on the auxiliary images too.
+    The losses of two rounds compare where these are the same: without one silo the sum is smaller,
+    whatever anybody learned."""
 
 
 @dataclass(frozen=True)

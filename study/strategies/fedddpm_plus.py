@@ -150,7 +150,7 @@ class FedDDPMPlus(Corrected):
             return Decision(False, f"needs {W + 1} completed rounds, has {len(history)}", numbers)
         now, then = history[-1], history[-1 - W]
         if self.signal == "silos" and now.silos != then.silos:
-            why = f"rounds {then.round} and {now.round} summed the losses of other silos"
+            why = f"rounds {then.round} and {now.round} summed losses of other silos or images"
             return Decision(False, why, numbers)
         before, after = self._loss(then), self._loss(now)
         if before is None or after is None:

@@ -273,6 +273,8 @@ async def test_silos_are_asked_to_share_until_the_model_is_near_the_set_also_aft
         assert "sharing" not in rounds[3], "no round follows"
         wanted = {f"round {k}": share for k, share in enumerate([True, *decided], start=1)}
         assert [silo.shared for silo in silos] == [wanted] * 4
+        summed = [federation.result(study, f"round {k:05} sum") for k in (1, 2, 3, 4)]
+        assert [one["shared"] for one in summed] == list(wanted.values())
         told = (federation.study(study).folder / "metrics.jsonl").read_text()
         assert told.count('"event": "sharing"') == 3
         page = (federation.study(study).folder / "index.html").read_text()
