@@ -46,20 +46,40 @@ def draw_rounds(runs: Runs, path: Path) -> None:
 
 def draw_finals(runs: Runs, path: Path) -> None:
     """The final FID of every run: a large dot for the mean over the seeds, a small one for each.
-    Where names end in a recipe (KIND-RECIPE), each recipe has its colour."""
-    figure, (plot,) = _figure(1, (7.0, 0.9 + 0.24 * len(runs)))
-    recipes = list(dict.fromkeys(_last(name) for name in runs))
-    told_apart = 2 * len(recipes) <= len(runs)
-    for row, (name, some) in enumerate(runs.items()):
-        color = f"C{recipes.index(_last(name))}" if told_apart else "C0"
-        fids = finals(some, "fid")
-        plot.plot(fids, [row] * len(fids), ".", color=color, ms=4)
-        plot.plot(mean(fids), row, "o", color=color, ms=7)
-        if told_apart and recipes.index(_last(name)) == 0:
-            plot.axhline(row - 0.5, color="black", lw=0.5)
-    plot.set(xlabel="FID", xlim=(0, None), ylim=(len(runs) - 0.5, -0.5))
-    plot.set_yticks(range(len(runs)), list(runs), fontsize=8)
+    Where names end in a recipe (KIND-RECIPE), each kind that has a KIND-fedavg has its plot."""
+    kinds = [name.removesuffix("-fedavg") for name in runs if name.endswith("-fedavg")] or [""]
+    groups = {kind: [name for name in runs if _kind(name, kinds) == kind] for kind in kinds}
+    recipes = list(dict.fromkeys(_recipe(name, kinds) for name in runs))
+    rows = -(-len(groups) // 2)
+    size = (11.0, 0.5 + rows * (0.8 + 0.2 * max(len(names) for names in groups.values())))
+    if len(groups) == 1:
+        figure, plots = _figure(1, (7.0, 0.9 + 0.24 * len(runs)))
+    else:
+        figure, plots = _figure(2 * rows, size, rows=rows)
+    highest = max(max(finals(some, "fid")) for some in runs.values())
+    for plot, (kind, names) in zip(plots, groups.items(), strict=False):
+        for row, name in enumerate(names):
+            fids, color = finals(runs[name], "fid"), "C0"
+            if kind:
+                color = f"C{recipes.index(_recipe(name, kinds)) % 10}"
+            plot.plot(fids, [row] * len(fids), ".", color=color, ms=4)
+            plot.plot(mean(fids), row, "o", color=color, ms=7)
+        plot.set(title=kind, xlim=(0, 1.05 * highest), ylim=(len(names) - 0.5, -0.5))
+        plot.set(xlabel="FID")
+        plot.set_yticks(range(len(names)), [_recipe(n, kinds) for n in names], fontsize=8)
+    for plot in plots[len(groups) :]:
+        plot.set_visible(False)
     _save(figure, path)
+
+
+def _kind(name: str, kinds: list[str]) -> str:
+    """The longest of the kinds that a name begins with."""
+    return max((k for k in kinds if not k or name.startswith(f"{k}-")), key=len, default=kinds[0])
+
+
+def _recipe(name: str, kinds: list[str]) -> str:
+    kind = _kind(name, kinds)
+    return name.removeprefix(f"{kind}-") if kind else name
 
 
 def draw_sizes(runs: Runs, path: Path) -> None:
