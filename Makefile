@@ -32,11 +32,12 @@ demo: $(VENV)/.demo ## a whole federation on this machine, in about three minute
 
 # All of them are run once: those of secagg/ under coverage, which is to find every branch taken. The
 # others run in two processes, file by file; one thread of torch each, or they get in each other's way.
+# A process that crashes is not replaced: with loadfile pytest-xdist would wait for its tests for ever.
 test: $(VENV)/.test ## the tests; ARGS="-k secagg"
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory coverage
 	@$(BIN)/python -m tests.secagg.soak 2000 --random --jobs 2
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/secagg --numprocesses=2 --dist=loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/secagg --numprocesses=2 --dist=loadfile --max-worker-restart=0
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
