@@ -126,9 +126,9 @@ class FedDDPMPlus(Corrected):
         if not after:
             return Sharing(False, why, numbers)
         numbers |= {"next_fid": after[0], "highest_since": max(after)}
-        if after[0] > _GAIN * then:
+        if not after[0] <= _GAIN * then:  # also where it is not a number
             return Sharing(True, f"{why}, and without sharing came to {after[0]:.4g} only", numbers)
-        if max(after) > then:
+        if not all(fid <= then for fid in after):
             return Sharing(True, f"{why}, but {max(after):.4g} without sharing", numbers)
         return Sharing(False, f"{why}, and without sharing came to {after[0]:.4g}", numbers)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -302,6 +304,9 @@ def test_the_paper_keeps_every_correction_and_ours_judges_the_last():
         ([0.20, 0.12, 0.10, 0.121, 0.08], True),
         ([0.20, 0.19, 0.18, 0.12], False),
         ([0.20, 0.19, 0.18, 0.17, 0.12], True),
+        ([math.nan], True),
+        ([0.20, 0.12, math.nan], True),
+        ([0.20, 0.12, 0.10, math.nan], True),
     ],
 )
 def test_silos_share_until_the_model_is_near_the_set_and_again_where_it_got_worse(fids, share):
