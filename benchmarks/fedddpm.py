@@ -106,6 +106,8 @@ def _commit() -> str:
 def report(name: str) -> None:
     """The tables, the ratios and the picture of the runs that are there."""
     runs = _runs(name)
+    if not runs:
+        raise SystemExit(f"{name}: no run is there yet; without --report they are made")
     folder = RESULTS / name
     # The usual strategies compete with the best constants that were found for them.
     competing = {**runs, **(_runs(SEARCHED[name]) if name in SEARCHED else {})}

@@ -33,6 +33,11 @@ def auxiliary_sets(runs: list[Json]) -> list[Json]:
     return [event for run in runs for event in _measured(run, "auxiliary")]
 
 
+def unseen_images(runs: list[Json]) -> list[Json]:
+    """What was measured of real images that no silo has, by seed; older runs lack it."""
+    return [event for run in runs for event in _measured(run, "unseen")]
+
+
 def _measured(run: Json, kind: str) -> list[Json]:
     return [
         {**event, "worst": min(event["coverage_by_silo"])}
@@ -52,9 +57,10 @@ def _finals(runs: list[Json]) -> list[Json]:
 
 def table(runs: Runs) -> str:
     """What `METRICS` names of every run, in the end: mean ± standard deviation over the seeds;
-    beside it that of the auxiliary set itself, in a row where all runs have the same, else in a
-    column (its images and its FID). What `SOMETIMES` names has a column where a run has it.
-    Below it the feature network, which has to be the same of all."""
+    beside it that of as many real images that no silo has, and that of the auxiliary set itself, in
+    a row where all runs have the same, else in a column (its images and its FID). What `SOMETIMES`
+    names has a column where a run has it. Below it the feature network, which has to be the same of
+    all."""
     ends = [event for some in runs.values() for event in _finals(some)]
     metrics = (*METRICS, *(m for m in SOMETIMES if any(m[0] in event for event in ends)))
     titles = " | ".join(title for _, title, _, _ in metrics)
@@ -68,6 +74,10 @@ def table(runs: Runs) -> str:
         lines.append(
             f"| *the auxiliary set* | {len(most)} | | | {' | '.join(_cells(most, metrics))} |"
         )
+    if fresh := max((unseen_images(some) for some in runs.values()), key=len):
+        measured = " | ".join(_cells(fresh, metrics))
+        lines.append(f"| *images that no silo has* | {len(fresh)} | | | {measured} |")
+        lines[-1] += " |" if differ else ""
     for name, some in runs.items():
         local = finals(some, "local_steps")[0]
         corrected = mean(finals(some, "correction_steps"))
@@ -134,9 +144,11 @@ images of that silo whose images are covered least."""
 SOMETIMES: tuple[Metric, ...] = (
     ("copies", "near-copies", 1.0, 3),
     ("accuracy", "accuracy", 1.0, 3),
+    ("accuracy_of_real", "accuracy of real images", 1.0, 3),
 )
 """Share of samples nearer to a real image than 0.05 of these are to another, which older runs lack;
-and, of conditional models, how many real images a classifier trained on samples tells apart."""
+and, of conditional models, how many of the images that no silo has are told apart by a classifier
+trained on samples, and by one trained on the silos' images."""
 
 
 def _spread(values: list[float], digits: int) -> str:

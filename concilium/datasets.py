@@ -7,7 +7,7 @@ MedMNIST (.npz).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,13 @@ class LabelledImages:
 
     images: Images
     labels: Labels
+    test: LabelledImages | None = None
+    """Those that are no silo's, where the publisher set some apart."""
 
 
 def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImages:
-    """The training images of "digits", "fashion-mnist", or the file or folder `name`, resized.
+    """The training images of "digits", "fashion-mnist", or the file or folder `name`, resized; and
+    the test images of "digits" and of folders with the files of MNIST.
 
     Raises DataMissing where there is none, or where it has no label for every image.
     """
@@ -48,9 +51,16 @@ def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImage
     path = FASHION_MNIST if name == "fashion-mnist" else Path(name)
     hint = "; on Debian: apt-get install dataset-fashion-mnist" if path == FASHION_MNIST else ""
     try:
-        samples = list(open_dataset(path, "auto", image_size, channels))
+        found = _read(path, name, image_size, channels)
+        tests = sorted(path.glob("t10k-images*idx3-ubyte*"))[:1]
+        test = _read(tests[0], name, image_size, channels) if tests else None
     except DataError as error:
         raise DataMissing(f"data = {name!r}: {error}{hint}") from error
+    return replace(found, test=test)
+
+
+def _read(path: Path, name: str, image_size: int, channels: int) -> LabelledImages:
+    samples = list(open_dataset(path, "auto", image_size, channels))
     labels = [sample.label for sample in samples if sample.label is not None]
     if len(labels) != len(samples):
         raise DataMissing(
@@ -68,8 +78,10 @@ def digits() -> LabelledImages:
 
     raw = load_digits()
     images = np.round(raw.images * (255 / 16)).astype(np.uint8)[:, None]
-    for_silos, _ = holdout_split(len(images))
-    return LabelledImages(images[for_silos], raw.target[for_silos].astype(np.int64))
+    for_silos, held_out = holdout_split(len(images))
+    labels = raw.target.astype(np.int64)
+    test = LabelledImages(images[held_out], labels[held_out])
+    return LabelledImages(images[for_silos], labels[for_silos], test)
 
 
 def fashion_mnist() -> LabelledImages:

@@ -24,11 +24,13 @@ from diffusion.labels import even_labels
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
 from study.plan import Plan
+from study.reservation import share
 
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
 # As coordinator.jobs: after the numbers of the grids, and others for what is never shown.
 _FIRST_MEASURED, _FIRST_JUDGED = 1_000_000, 2_000_000
+_TESTED = 10_000
 
 
 @dataclass(frozen=True)
@@ -82,36 +84,46 @@ class Ruler:
         """Of samples of one model."""
         return self.of_models([model])
 
-    def accuracy_of_model(self, model: Vector) -> float:
-        """Of a classifier that is trained on samples of a conditional model, on all real images
+    def accuracy_of_model(self, model: Vector) -> dict[str, float]:
+        """Of a classifier that is trained on samples of a conditional model (`accuracy`), and of
+        one that is trained on the silos' images (`accuracy_of_real`, the bar to compare with): on
+        images that no silo has, where the data set has some; else without the bar on the silos' own
         (`diffusion.classifier`)."""
         evaluation, classes = self._evaluation, self._plan.model.classes
         if evaluation is None or classes is None:
             raise ValueError("the plan has no [evaluation], or its model no classes")
         silos, n = self._federation, evaluation.samples
-        inputs = {
-            **self._samples_of(model),
-            "what": "accuracy",
-            "samples": n,
-            "data": silos.digest,
-            "labels": digest_array(*silos.labels),
-        }
+        own = np.concatenate(silos.images), np.concatenate(silos.labels)
+        unseen = silos.unseen
+        tested = own if unseen is None else (unseen.images[:_TESTED], unseen.labels[:_TESTED])
+        data = {"tested": digest_array(*tested), "classes": classes}
 
-        def compute() -> Arrays:
+        def of_samples() -> Arrays:
             drawn = self._images(model, n, _FIRST_MEASURED), even_labels(n, classes)
-            real = np.concatenate(silos.images), np.concatenate(silos.labels)
-            return {"accuracy": np.array(synthetic_to_real(drawn, real, classes))}
+            return {"accuracy": np.array(synthetic_to_real(drawn, tested, classes))}
 
-        return float(self._memo.get(inputs, compute)["accuracy"])
+        def of_real() -> Arrays:
+            return {"accuracy": np.array(synthetic_to_real(own, tested, classes))}
+
+        inputs = {**self._samples_of(model), "what": "accuracy", "samples": n, **data}
+        found = {"accuracy": float(self._memo.get(inputs, of_samples)["accuracy"])}
+        if unseen is not None:
+            trained = {"what": "accuracy of real", "trained": digest_array(*own), **data}
+            found["accuracy_of_real"] = float(self._memo.get(trained, of_real)["accuracy"])
+        return found
 
     def of_models(self, models: Sequence[Vector]) -> Measured:
-        """Of the samples of several models together, equally many of each."""
+        """Of the samples of several models together: of one, all; of one per silo, of each as many
+        as its share of the images."""
         if self._evaluation is None:
             raise ValueError("the plan has no [evaluation]")
-        each = self._evaluation.samples // len(models)
-        drawn = [self._described(model, each, _FIRST_MEASURED) for model in models]
-        copies = float(np.mean([of_one["copies"] for of_one in drawn]))
-        return self._measure(np.concatenate([of_one["features"] for of_one in drawn]), copies)
+        n, silos = self._evaluation.samples, self._federation
+        parts = [n] if len(models) == 1 else [share(n, c, silos.total) for c in silos.counts]
+        wanted = [(model, part) for model, part in zip(models, parts, strict=True) if part]
+        drawn = [self._described(model, part, _FIRST_MEASURED) for model, part in wanted]
+        copies = np.average([one["copies"] for one in drawn], weights=[part for _, part in wanted])
+        features = np.concatenate([one["features"] for one in drawn])
+        return self._measure(features, float(copies))
 
     def judged_fid(self, model: Vector) -> float:
         """FID of samples that `of_model` never sees."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Memo:
             with np.load(path, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         arrays = compute()
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.part")
+        # Processes of different machines may share the folder, and have the same number.
+        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
         with open(partial, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
             file.flush()

@@ -71,6 +71,8 @@ class Federation:
     labels: tuple[Labels, ...]
     secrets: tuple[bytes, ...]
     """What each silo draws from the system's entropy, here a function of the simulation's seed."""
+    unseen: LabelledImages | None = None
+    """Images of the data set that no silo has, in random order."""
 
     @property
     def size(self) -> int:
@@ -110,10 +112,12 @@ class Federation:
 def federate(point: Point, data: LabelledImages) -> Federation:
     """The data set split over the point's silos. Raises ValueError where it cannot be."""
     simulation, seed = point.simulation, point.seed
-    images, labels = data.images, data.labels
+    images, labels, unseen = data.images, data.labels, data.test
     if simulation.images is not None and simulation.images < len(images):
-        chosen = np.random.default_rng(seed).permutation(len(images))[: simulation.images]
-        images, labels = images[np.sort(chosen)], labels[np.sort(chosen)]
+        order = np.random.default_rng(seed).permutation(len(images))
+        chosen, rest = np.sort(order[: simulation.images]), order[simulation.images :]
+        unseen = LabelledImages(images[rest], labels[rest])
+        images, labels = images[chosen], labels[chosen]
     parts = simulation.partition.split(labels, simulation.silos, seed)
     return Federation(
         tuple(
@@ -122,6 +126,7 @@ def federate(point: Point, data: LabelledImages) -> Federation:
         ),
         tuple(labels[part] for part in parts),
         tuple(secret_of(seed, index) for index in range(1, simulation.silos + 1)),
+        unseen,
     )
 
 
@@ -230,7 +235,12 @@ def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> 
         tasks = [_SiloTask(task.point, *silo) for silo in silos]
         models = memo.get(local, lambda: {"weights": np.stack(pool.map(_warm_up, tasks))})
         tasks = [replace(t, weights=w) for t, w in zip(tasks, models["weights"], strict=True)]
-        return unite(pool.map(_draw, tasks), task, secure)
+        drawn = pool.map(_draw, tasks)
+        counts = {
+            "drawn": np.array(sum(own.drawn for own in drawn)),
+            "dropped": np.array(sum(own.dropped for own in drawn)),
+        }
+        return {**unite([own.kept for own in drawn], task, secure), **counts}
 
     return memo.get(inputs, compute)
 
@@ -243,7 +253,15 @@ def _warm_up(task: _SiloTask) -> Vector:
     ).weights
 
 
-def _draw(task: _SiloTask) -> Images:
+@dataclass(frozen=True)
+class _Drawn:
+    kept: Images
+    drawn: int
+    dropped: int
+    """By the audit."""
+
+
+def _draw(task: _SiloTask) -> _Drawn:
     """As many audited samples as wanted, or as the audit lets through; of a conditional model
     each after its label, and labels as often as this silo has them."""
     plan, execution = task.point.plan, execution_of(task.point.simulation.precision)
@@ -262,7 +280,7 @@ def _draw(task: _SiloTask) -> Images:
         keep, _ = audit(samples, task.images, quantile=plan.auxiliary.audit_quantile)
         kept.append(samples[keep] if labels is None else with_labels(samples[keep], labels[keep]))
         drawn, found = drawn + n, found + int(keep.sum())
-    return np.concatenate(kept)[: task.wanted]
+    return _Drawn(np.concatenate(kept)[: task.wanted], drawn, drawn - found)
 
 
 def _drawn_shape(plan: Plan) -> tuple[int, ...]:

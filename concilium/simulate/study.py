@@ -42,6 +42,7 @@ from study.strategies import RoundRecord
 Json = dict[str, Any]
 Vector = NDArray[np.float32]
 Images = NDArray[np.uint8]
+_UNION_COUNTS = ("tag_bytes", "image_bytes", "drawn", "dropped")
 
 
 class Study:
@@ -81,9 +82,14 @@ class Study:
             yield {
                 "event": "auxiliary",
                 "images": len(union["images"]),
-                **{name: int(union[name]) for name in ("tag_bytes", "image_bytes")},
+                # The last two are not in a memo of before they were counted.
+                **{name: int(union[name]) for name in _UNION_COUNTS if name in union},
                 **measured,
             }
+        unseen = self._federation.unseen
+        if unseen is not None and self._plan.evaluation is not None:
+            images = unseen.images[: self._plan.evaluation.samples]
+            yield {"event": "unseen", "images": len(images), **self._measured(images)}
         if self._point.training == "federated":
             corrections = self._corrections(auxiliary)
             yield from self._rounds(corrections)
@@ -319,10 +325,10 @@ class Study:
             yield self._evaluation(number, measured, steps | self._accuracy(models[0][row], number))
 
     def _accuracy(self, model: Vector, number: int) -> Json:
-        """Of a classifier trained on samples, in the last round of a conditional study."""
+        """Of classifiers, in the last round of a conditional study."""
         if self._plan.model.classes is None or number < self._plan.rounds.count:
             return {}
-        return {"accuracy": self._ruler.accuracy_of_model(model)}
+        return self._ruler.accuracy_of_model(model)
 
     def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
         return {"event": "evaluation", "round": number, **measured.line(), **also}

@@ -75,6 +75,14 @@ def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> Non
     assert "| fedavg | 20 | 0.800 ± 0.000 | 0.400 ± 0.141 |" in by_round
 
 
+def test_real_images_that_no_silo_has_show_what_a_perfect_model_would_reach() -> None:
+    run = made(1, 0.5)
+    run["events"].insert(0, {**run["events"][-1], "event": "unseen", "fid": 0.003})
+    for runs in ({"fedavg": [run]}, {"fedavg": [run], "plus": [made(1, 0.4, set_fid=0.04)]}):
+        row = next(r for r in tables.table(runs).splitlines() if r.startswith("| *images that"))
+        assert row == "| *images that no silo has* | 1 | | | 0.003 | 2.00 | 0.200 | 0.100 |"
+
+
 def test_near_copies_stand_in_the_table_where_they_were_counted() -> None:
     one, two = made(1, 0.5), made(2, 0.5)
     for run, share in ((one, 0.02), (two, 0.04)):

@@ -100,6 +100,14 @@ def test_published_layouts_are_read_with_their_labels(tmp_path: Path) -> None:
     found = load_dataset(str(mnist), 28)
     assert np.array_equal(found.images[:, 0], grey)
     assert found.labels.tolist() == [7, 0, 1, 9]
+    assert found.test is None
+    (mnist / "t10k-images-idx3-ubyte").write_bytes(header + grey[::-1].tobytes())
+    (mnist / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    found = load_dataset(str(mnist), 28)
+    assert np.array_equal(found.images[:, 0], grey), "as before"
+    assert found.test is not None
+    assert np.array_equal(found.test.images[:, 0], grey[::-1])
+    assert found.test.labels.tolist() == [7, 0, 1, 9]
 
     colour = pixels(2, 3072)
     ten, hundred = tmp_path / "cifar10", tmp_path / "cifar100"

@@ -31,10 +31,14 @@ def test_fresh_samples_of_the_same_distribution_are_dropped_at_about_the_quantil
         assert abs((~keep).mean() - quantile) < 0.5 * quantile + 0.01
 
 
-def test_duplicates_in_the_training_set_are_reported_and_do_not_lower_the_threshold() -> None:
+@pytest.mark.parametrize("flipped", [0, 1])
+def test_duplicates_in_the_training_set_are_reported_and_do_not_lower_the_threshold(
+    flipped,
+) -> None:
+    """Also those that were exported anew, one grey level off in every pixel."""
     training = _images(100, 0)
     _, clean = audit(_images(10, 1), training)
-    keep, report = audit(training[:60], np.concatenate([training, training[:60]]))
+    keep, report = audit(training[:60], np.concatenate([training, training[:60] ^ flipped]))
     assert clean.training_duplicates == 0
     assert report.training_duplicates == 120
     assert report.threshold > 0.5 * clean.threshold
