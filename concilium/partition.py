@@ -86,8 +86,15 @@ class Partition(Spec):
             )
         return parts
 
+    @property
+    def alters(self) -> bool:
+        """Whether silos have scanners that differ."""
+        return bool(self.rotation or self.contrast or self.noise)
+
     def altered(self, images: Images, silo: int, silos: int, seed: int) -> Images:
         """The images (uint8 (n, c, h, w)) as the scanner of silo 0 … silos − 1 shows them."""
+        if not self.alters:
+            return images
         r = 2.0 * silo / max(1, silos - 1) - 1.0
         out = _rotated(images, r * self.rotation) if self.rotation else images
         if not (self.contrast or self.noise):

@@ -72,7 +72,7 @@ class Federation:
     secrets: tuple[bytes, ...]
     """What each silo draws from the system's entropy, here a function of the simulation's seed."""
     unseen: LabelledImages | None = None
-    """Images of the data set that no silo has, in random order."""
+    """Images of the same distribution that no silo has, in random order."""
 
     @property
     def size(self) -> int:
@@ -118,14 +118,14 @@ def federate(point: Point, data: LabelledImages) -> Federation:
         chosen, rest = np.sort(order[: simulation.images]), order[simulation.images :]
         unseen = LabelledImages(images[rest], labels[rest])
         images, labels = images[chosen], labels[chosen]
-    parts = simulation.partition.split(labels, simulation.silos, seed)
+    n, partition = simulation.silos, simulation.partition
+    parts = partition.split(labels, n, seed)
+    if partition.alters or sum(map(len, parts)) < len(images):
+        unseen = None  # they would be of another distribution than what the silos have
     return Federation(
-        tuple(
-            simulation.partition.altered(images[part], silo, simulation.silos, seed)
-            for silo, part in enumerate(parts)
-        ),
+        tuple(partition.altered(images[part], k, n, seed) for k, part in enumerate(parts)),
         tuple(labels[part] for part in parts),
-        tuple(secret_of(seed, index) for index in range(1, simulation.silos + 1)),
+        tuple(secret_of(seed, index) for index in range(1, n + 1)),
         unseen,
     )
 

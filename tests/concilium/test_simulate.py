@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from concilium.commands.simulate import command
 from concilium.datasets import digits
+from concilium.partition import Partition
 from concilium.simulate.measure import Ruler, Vector
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
@@ -296,6 +297,9 @@ def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> 
     rest = federate(everything, whole).unseen
     assert rest is not None
     assert len(rest.images) == 297, "what the publisher set apart"
+    for other in (Partition(noise=4.0), Partition(quantity=0.5)):
+        skewed = point.simulation.model_copy(update={"partition": other})
+        assert federate(replace(point, simulation=skewed), whole).unseen is None
 
 
 def test_of_one_model_per_silo_samples_are_as_many_as_its_share_of_the_images(
