@@ -16,15 +16,18 @@ from benchmarks.fedddpm_tables import (
 )
 
 _USUAL = ("fedavg", "scaffold", "fedadam")
-_CONTROLS = ("fedavg-double", "central", "auxiliary", "auxiliary-3x")
+_CONTROLS = ("fedavg-end-long", "fedavg-double", "central", "local", "auxiliary", "auxiliary-3x")
 SHOWN = (*_USUAL, *dict.fromkeys(PAPER.values()), *PAPER, *_CONTROLS)
 
 
 def draw_rounds(runs: Runs, path: Path) -> None:
     """What `METRICS` names, by the share of a run's rounds that are done: the mean over the seeds,
     and their range as a band. Controls are dashed; dotted: the auxiliary set itself."""
+    from matplotlib import colormaps
+
     figure, axes = _figure(len(METRICS), (11.0, 9.0), rows=2)
     for plot, (key, title, scale, _) in zip(axes, METRICS, strict=True):
+        plot.set_prop_cycle(color=colormaps["tab20"].colors)
         for name in (name for name in SHOWN if name in runs):
             curves = [evaluations(run) for run in runs[name]]
             columns = list(zip(*curves, strict=True))

@@ -158,6 +158,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 _CONTROLS = (
+    "fedddpm-long-shared",
     "fedavg-end",
     "fedavg-end-long",
     "auxiliary",
@@ -170,8 +171,9 @@ _CONTROLS = (
 
 def ratios(runs: Runs, plus: str = PLUS) -> Json:
     """The aims for the run `plus`, each as a ratio of means over the seeds that both of its runs
-    have; absent where a run is missing. The best baseline is the best of those that have as many
-    seeds as any, with whatever constant."""
+    have; absent where a run is missing. Seeds share the split, the first model and the noise, so
+    beside each stands in how many of them `plus` ends lower. The best baseline is the best of those
+    that have as many seeds as any, with whatever constant."""
     found: Json = {}
     if plus not in runs:
         return found
@@ -187,16 +189,25 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         pair = paired(name, other)
         return mean(finals(pair[0], "fid")) / mean(finals(pair[1], "fid")) if pair else None
 
+    def ahead(name: str, other: str) -> str | None:
+        if not (pair := paired(name, other)):
+            return None
+        fids = zip(finals(pair[0], "fid"), finals(pair[1], "fid"), strict=True)
+        lower = [one < two for one, two in fids]
+        return f"{sum(lower)}/{len(lower)}"
+
     best = _best_baseline(runs)
     if pair := paired(plus, best):
         found["best_baseline"] = best
         found["fid_vs_best_baseline"] = of_fids(plus, best)
+        found["seeds_ahead_of_best_baseline"] = ahead(plus, best)
         found["difference_over_spread"] = _separation(
             finals(pair[1], "fid"), finals(pair[0], "fid")
         )
     if pair := paired(plus, PAPER[plus]):
         steps = [mean(finals(some, "correction_steps")) for some in pair]
         found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER[plus])
+        found["seeds_ahead_of_fedddpm"] = ahead(plus, PAPER[plus])
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
     for other in sorted({*PAPER.values()} - {PAPER[plus]}):
         if pair := paired(plus, other):
@@ -215,6 +226,7 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
     found["secure_vs_float_fedavg"] = of_fids("fedavg-secure", "fedavg")
     for control in _CONTROLS:
         found[f"fid_vs_{control}"] = of_fids(plus, control)
+        found[f"seeds_ahead_of_{control}"] = ahead(plus, control)
     shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
     return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
 

@@ -42,6 +42,9 @@ def test_the_ratios_are_those_of_the_means_and_the_rounds_of_each_seed() -> None
     found = tables.ratios(RUNS)
     assert found["best_baseline"] == "scaffold"
     assert found["fid_vs_best_baseline"] == pytest.approx(0.2 / 0.35)
+    assert found["seeds_ahead_of_best_baseline"] == "2/2"
+    equal_once = RUNS | {"central": [made(1, 0.9, 0.2), made(2, 0.9, 0.3)]}
+    assert tables.ratios(equal_once)["seeds_ahead_of_central"] == "1/2"
     assert found["plus_fid_vs_fedddpm"] == pytest.approx(2 / 3)
     assert found["plus_steps_vs_fedddpm"] == pytest.approx(1 / 3)
     # FedAvg ends at 0.4 in the mean, at 0.5 and 0.3 by seed.
