@@ -1,6 +1,10 @@
+import copy
+import io
+
 import diffusers
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import nn
 from torch.nn import functional
 
@@ -316,6 +320,42 @@ def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
     assert all(a is b for a, b in zip(unet.modules(), modules, strict=True))
     assert torch.equal(run()[0], y)
     assert list(unet.state_dict()) == names
+
+
+def test_a_block_for_videos_whose_embedding_is_no_vector_computes_the_same():
+    """Its time embedding, (B, frames, C), goes through the same SiLU as its images."""
+    block = TemporalResnetBlock(32, 64, temb_channels=16)
+    x, embedding = torch.randn(2, 32, 3, 4, 4), torch.randn(2, 3, 16)
+    want = block(x, embedding)
+    kernels.apply_to_unet(block)
+    assert not any(type(m) is nn.GroupNorm for m in block.modules())
+    torch.testing.assert_close(block(x, embedding), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", ["saved", "deepcopy"])
+@pytest.mark.parametrize("embedding", ["default", "scale_shift"])
+def test_a_copy_of_a_fused_model_is_fused_and_has_parameters_of_its_own(embedding, copied):
+    block = ResnetBlock2D(
+        in_channels=4, out_channels=8, temb_channels=6, groups=2, time_embedding_norm=embedding
+    )
+    x, temb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
+    plain = block(x, temb)
+    want = kernels.apply_to_unet(block)(x, temb)
+    if copied == "saved":
+        file = io.BytesIO()
+        torch.save(block, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(block)
+    assert torch.equal(other(x, temb), want)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert torch.equal(other(x, temb), want)
+    kernels.remove_from_unet(other)
+    assert type(other.norm1) is nn.GroupNorm
+    assert torch.equal(other(x, temb), plain)
 
 
 def test_norms_in_a_sequence_take_their_silu_along():
