@@ -1,8 +1,8 @@
 """Checks at the door: what an op refuses, with what was wrong and how to mend it.
 
-A wrong dtype is a ``TypeError``, a wrong shape, device or value a ``ValueError``. None of the
-checks reads device memory, so none of them waits for a GPU, and all of them trace under
-``torch.compile``.
+A wrong dtype is a ``TypeError``, a wrong shape, device or value a ``ValueError``, a derivative that
+an op does not have a ``RuntimeError``. None of the checks reads device memory, so none of them
+waits for a GPU, and all of them trace under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMAGES = (torch.uint8, *FLOATS)
@@ -37,6 +38,16 @@ def check_device(op: str, device: torch.device, **tensors: Tensor) -> None:
             raise ValueError(
                 f"{op}: {name} is on {value.device}, the data on {device}; "
                 f"move it with .to('{device}')"
+            )
+
+
+def check_no_tangent(op: str, **tensors: Tensor) -> None:
+    """A custom op without a forward-mode rule drops tangents: the derivative would be zero."""
+    for name, value in tensors.items():
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{op}: {name} has a tangent, and no forward-mode derivative (jvp, jacfwd) exists; "
+                "use backward, or write it with torch operations"
             )
 
 

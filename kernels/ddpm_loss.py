@@ -2,11 +2,9 @@
 
     L_b = w(t_b) / D  sum_i (pred_i - target_i)^2                      D = elements a sample
 
-    target = eps                                       objective 'eps'      w = min(SNR, gamma) /
-    SNR
-             x_0                                       objective 'x0'       w = min(SNR, gamma)
-             sqrt(a) eps - sqrt(1 - a) x_0             objective 'v'        w = min(SNR, gamma) /
-             (SNR + 1)
+    objective 'eps'    target = eps                              w = min(SNR, gamma) / SNR
+              'x0'     target = x_0                              w = min(SNR, gamma)
+              'v'      target = sqrt(a) eps - sqrt(1 - a) x_0    w = min(SNR, gamma) / (SNR + 1)
 
 with a = alpha_bar[t], SNR = a / (1 - a); w = 1 without ``snr_gamma``.
 
@@ -34,6 +32,7 @@ from kernels._arguments import (
     check_batched,
     check_device,
     check_dtype,
+    check_no_tangent,
     check_objective,
     check_same_shape,
     check_schedule,
@@ -319,8 +318,8 @@ def ddpm_loss(
     without elements it is NaN, the mean of nothing.
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option and,
-    on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward.
-    arXiv 2006.11239, 2202.00512, 2303.09556.
+    on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward
+    and for a forward-mode derivative. arXiv 2006.11239, 2202.00512, 2303.09556.
     """
     check_dtype("ddpm_loss", "pred", pred, FLOATS)
     check_batched("ddpm_loss", "pred", pred.shape)
@@ -329,6 +328,7 @@ def ddpm_loss(
     check_schedule("ddpm_loss", t, alpha_bar, pred.shape[0], pred.device)
     check_stream("ddpm_loss", key, sample_id, step, pred.shape[0], pred.device)
     check_device("ddpm_loss", pred.device, x_0=x_0)
+    check_no_tangent("ddpm_loss", pred=pred, x_0=x_0, alpha_bar=alpha_bar)
     check_objective("ddpm_loss", objective)
     if snr_gamma is not None and not 0.0 < snr_gamma < math.inf:
         raise ValueError(

@@ -4,8 +4,10 @@
     z     = (weight x_hat + bias) (1 + scale) + shift    scale, shift: per sample and channel
     y     = z sigmoid(z)                                 or z without SiLU
 
-    dz = dy sigmoid(z) (1 + z (1 - sigmoid(z)))          W = weight (1 + scale), M = elements a
-    group dx = rstd (W dz - sum_g(W dz) / M - x_hat sum_g(W dz x_hat) / M)
+    dz = dy sigmoid(z) (1 + z (1 - sigmoid(z)))
+    dx = rstd (W dz - sum_g(W dz) / M - x_hat sum_g(W dz x_hat) / M)
+
+with W = weight (1 + scale), rstd = 1 / sqrt(var_g + eps) and M elements a group.
 
 Only x and the statistics are kept for the backward pass; x_hat and z are made again.
 
@@ -28,6 +30,7 @@ from kernels._arguments import (
     as_layout_of,
     check_device,
     check_dtype,
+    check_no_tangent,
     is_channels_last,
     is_dense,
     on_device_of,
@@ -363,7 +366,8 @@ def group_norm_silu(
     ``x``: ``(B, C, ...)`` float32, bfloat16 or float16; contiguous and channels_last are used as
     they are, other layouts are copied. The result has the dtype and layout of ``x``, computed in
     float32. ``weight``, ``bias``: ``(C,)`` float. ``scale``, ``shift``: ``(B, C)`` float, both or
-    neither. Differentiable in all of them, once; double backward raises ``RuntimeError``.
+    neither. Differentiable in all of them, backward and once: forward mode and double backward
+    raise ``RuntimeError``.
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device.
     arXiv 1803.08494, 2105.05233.
@@ -393,6 +397,7 @@ def group_norm_silu(
                 f"{op}: {name} must have shape {tuple(expected)}, got {tuple(value.shape)}"
             )
     check_device(op, x.device, **given)
+    check_no_tangent(op, x=x, **given)
     w, b = weight[None], bias[None]
     if scale is not None and shift is not None:
         gain = 1.0 + scale.float()

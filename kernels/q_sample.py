@@ -23,6 +23,7 @@ from kernels._arguments import (
     check_device,
     check_dtype,
     check_float_dtype,
+    check_no_tangent,
     check_same_shape,
     check_schedule,
     check_stream,
@@ -279,13 +280,14 @@ def q_sample(
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and, on the
     CPU, for a timestep outside the table (on CUDA, where looking would stall the queue, that sample
-    becomes NaN). arXiv 2006.11239, eq. 4.
+    becomes NaN); ``RuntimeError`` for a forward-mode derivative. arXiv 2006.11239, eq. 4.
     """
     check_dtype("q_sample", "x_0", x_0, IMAGES)
     check_batched("q_sample", "x_0", x_0.shape)
     check_float_dtype("q_sample", dtype)
     check_schedule("q_sample", t, alpha_bar, x_0.shape[0], x_0.device)
     check_stream("q_sample", key, sample_id, step, x_0.shape[0], x_0.device)
+    check_no_tangent("q_sample", x_0=x_0, alpha_bar=alpha_bar)
     out: Tensor = _q_sample(x_0, t, alpha_bar, key, sample_id, step, dtype)
     return out
 
@@ -310,5 +312,6 @@ def add_noise(
     check_float_dtype("add_noise", dtype)
     check_schedule("add_noise", t, alpha_bar, x_0.shape[0], x_0.device)
     check_device("add_noise", x_0.device, eps=eps)
+    check_no_tangent("add_noise", x_0=x_0, eps=eps, alpha_bar=alpha_bar)
     out: Tensor = _add_noise(x_0, eps, t, alpha_bar, dtype)
     return out

@@ -27,6 +27,7 @@ from kernels._arguments import (
     check_batched,
     check_device,
     check_dtype,
+    check_no_tangent,
     check_objective,
     check_per_sample,
     check_same_shape,
@@ -331,6 +332,7 @@ def sampler_step(
     check_per_sample("sampler_step", "s", s, x_t.shape[0])
     check_stream("sampler_step", key, sample_id, step, x_t.shape[0], x_t.device)
     check_device("sampler_step", x_t.device, pred=pred, s=s)
+    check_no_tangent("sampler_step", x_t=x_t, pred=pred, alpha_bar=alpha_bar)
     check_objective("sampler_step", objective)
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise ValueError(f"sampler_step: eta must be 0 to 1, or None for DDPM, got {eta}")

@@ -136,6 +136,32 @@ def test_these_are_all_the_ops():
     assert set(CASES) == set(kernels.__all__) - NO_OPS
 
 
+X, T, NAMED = _numbers(2, 3, 6, 5), torch.tensor([99, 1]), make_stream(2).named
+W, B = _numbers(2, 3)
+OF_ONE_FLOAT = {
+    "q_sample: x_0": lambda v: kernels.q_sample(v, T, ALPHA_BAR, **NAMED),
+    "add_noise: x_0": lambda v: kernels.add_noise(v, X, T, ALPHA_BAR),
+    "add_noise: eps": lambda v: kernels.add_noise(X, v, T, ALPHA_BAR),
+    "ddpm_loss: pred": lambda v: kernels.ddpm_loss(v, X, T, ALPHA_BAR, **NAMED),
+    "ddpm_loss: x_0": lambda v: kernels.ddpm_loss(X, v, T, ALPHA_BAR, **NAMED),
+    "sampler_step: x_t": lambda v: kernels.sampler_step(v, X, T, T - 1, ALPHA_BAR, **NAMED),
+    "sampler_step: pred": lambda v: kernels.sampler_step(X, v, T, T - 1, ALPHA_BAR, **NAMED),
+    "group_norm_silu: x": lambda v: kernels.group_norm_silu(v, 1, W, B),
+    "group_norm_silu: bias": lambda v: kernels.group_norm_silu(X, 1, W, v[0, :, 0, 0]),
+    "group_norm_silu: shift": lambda v: kernels.group_norm_silu(
+        X, 1, W, B, scale=X[..., 0, 0], shift=v[..., 0, 0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own decompositions
+@pytest.mark.parametrize("name", OF_ONE_FLOAT)
+def test_forward_mode_is_refused(name):
+    """Of ops that have a derivative; for torch one in a mode that they do not have is zero."""
+    with pytest.raises(RuntimeError, match=f"{name} has a tangent, and no forward-mode"):
+        torch.func.jvp(OF_ONE_FLOAT[name], (X,), (X,))
+
+
 @pytest.fixture
 def poison():
     """What torch.empty gives is NaN, or the largest integer."""
