@@ -9,6 +9,8 @@
     DDIM:  x_s = sqrt(b) x0_hat + sqrt(1 - b - eta^2 var) eps_hat + eta sqrt(var) z
 
 ``s = -1`` is the clean end, b = 1. beta is computed as (b - a) / b, whose difference is exact.
+Where b is 1, (1 - b) / (1 - a) is 0 and beta / (1 - a) is 1, also for a = 1 (x_t without noise):
+x_s is then x0_hat.
 
 Sources: Ho et al. (arXiv 2006.11239, equations 6, 7 and algorithm 2); Song, Meng, Ermon (arXiv
 2010.02502, equations 12 and 16); Salimans & Ho (arXiv 2202.00512) for v. z is the noise of
@@ -65,10 +67,12 @@ def _estimates(x_t, pred, a, OBJECTIVE: tl.constexpr):  # type: ignore[no-untype
     """(x0_hat, eps_hat)"""
     signal = tl.sqrt_rn(a)
     noise = tl.sqrt_rn(1.0 - a)
+    # eps_hat of an image without noise counts for nothing, so it may be anything finite.
     if OBJECTIVE == "eps":
         return (x_t - noise * pred) * tl.div_rn(1.0, signal), pred
     elif OBJECTIVE == "x0":
-        return pred, (x_t - signal * pred) * tl.div_rn(1.0, noise)
+        scale = tl.where(noise == 0.0, 0.0, tl.div_rn(1.0, noise))
+        return pred, (x_t - signal * pred) * scale
     else:
         return signal * x_t - noise * pred, noise * x_t + signal * pred
 
@@ -106,7 +110,7 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
     offset = n.to(tl.int64) * elements + index
     a, b = _schedule_at(alpha_bar, tl.load(t + n), tl.load(s + n), n_steps)
     beta = tl.div_rn(b - a, b)
-    rest = tl.div_rn(1.0 - b, 1.0 - a)
+    rest = tl.where(b == 1.0, 0.0, tl.div_rn(1.0 - b, 1.0 - a))
     x = tl.load(x_t + offset, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(pred + offset, mask=inside, other=0.0).to(tl.float32)
     x_0, eps = _estimates(x, y, a, OBJECTIVE)
@@ -118,7 +122,8 @@ def _sampler_step_kernel(  # type: ignore[no-untyped-def]
         left = tl.maximum(1.0 - b - sigma * sigma, 0.0, tl.PropagateNan.ALL)
         value = tl.sqrt_rn(b) * x_0 + tl.sqrt_rn(left) * eps
     else:
-        value = tl.sqrt_rn(b) * tl.div_rn(beta, 1.0 - a) * x_0
+        share = tl.where(b == 1.0, 1.0, tl.div_rn(beta, 1.0 - a))
+        value = tl.sqrt_rn(b) * share * x_0
         value = value + tl.sqrt_rn(tl.div_rn(a, b)) * rest * x
     if NOISY:
         z = normal_block(tl.load(key), tl.load(sample_id + n), tl.load(step), block, BLOCK)
@@ -185,7 +190,7 @@ def _estimates_reference(
     if objective == "eps":
         return (x - noise * pred).mul_(1.0 / signal), pred
     if objective == "x0":
-        return pred, (x - signal * pred).mul_(1.0 / noise)
+        return pred, (x - signal * pred).mul_(torch.where(noise == 0.0, 0.0, 1.0 / noise))
     return (signal * x).sub_(noise * pred), (noise * x).add_(signal * pred)
 
 
@@ -215,7 +220,7 @@ def sampler_step_reference(
     x, y = x_t.to(torch.float32), pred.to(torch.float32)
     a = per_sample(alpha_bar[t], x)
     b = per_sample(torch.where(s < 0, 1.0, alpha_bar[s.clamp(min=0)]), x)
-    beta, rest = (b - a) / b, (1.0 - b) / (1.0 - a)
+    beta, rest = (b - a) / b, torch.where(b == 1.0, 0.0, (1.0 - b) / (1.0 - a))
     x_0, eps = _estimates_reference(x, y, a, objective)
     if clip is not None:
         x_0 = x_0.clamp(-clip, clip)
@@ -224,7 +229,8 @@ def sampler_step_reference(
         sigma = eta * sigma
         value = sqrt_rn(b) * x_0 + sqrt_rn((1.0 - b - sigma * sigma).clamp(min=0.0)) * eps
     else:
-        value = sqrt_rn(b) * (beta / (1.0 - a)) * x_0 + sqrt_rn(a / b) * rest * x
+        share = torch.where(b == 1.0, 1.0, beta / (1.0 - a))
+        value = sqrt_rn(b) * share * x_0 + sqrt_rn(a / b) * rest * x
     if eta is None or eta > 0.0:
         value += normal_reference(x.shape, *stream, torch.float32).mul_(sigma)
     return torch.empty_like(x_t).copy_(value)

@@ -57,7 +57,7 @@ def alpha_bar():
 
 
 def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers in another memory layout."""
+    """The same numbers in another memory layout; expanded, those of the first sample for all."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -66,6 +66,8 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
         return wide[..., 1::2]
     if layout == "permuted":  # dense, but neither NCHW nor channels_last
         return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    if layout == "expanded":
+        return x[:1].expand_as(x)
     return x.contiguous()
 
 
@@ -74,6 +76,12 @@ LAYOUTS = ("nchw", "channels_last", "sliced", "permuted")
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request):
+    return lambda x: in_layout(x, request.param)
+
+
+@pytest.fixture(params=[*LAYOUTS, "expanded"])
+def any_layout(request):
+    """Where the reference is computed from what it gives."""
     return lambda x: in_layout(x, request.param)
 
 

@@ -24,6 +24,27 @@ def _of_sample(options, n):
     return {k: v[n : n + 1] if torch.is_tensor(v) else v for k, v in options.items()}
 
 
+def _float64(x_t, pred, z, t, s, alpha_bar, objective, eta, clip):
+    """The equations of the module's docstring."""
+    a = alpha_bar.double()[t].view(-1, 1, 1, 1)
+    b = torch.where(s < 0, 1.0, alpha_bar.double()[s]).view(-1, 1, 1, 1)
+    x, y, z = x_t.double(), pred.double(), z.double()
+    signal, noise = a.sqrt(), (1 - a).sqrt()
+    x_0, eps = {
+        "eps": ((x - noise * y) / signal, y),
+        "x0": (y, (x - signal * y) / noise),
+        "v": (signal * x - noise * y, noise * x + signal * y),
+    }[objective]
+    if clip is not None:
+        x_0 = x_0.clamp(-clip, clip)
+    beta = 1 - a / b
+    var = (1 - b) / (1 - a) * beta
+    if eta is not None:
+        return b.sqrt() * x_0 + (1 - b - eta**2 * var).sqrt() * eps + eta * var.sqrt() * z
+    mean = b.sqrt() * beta / (1 - a) * x_0 + (a / b).sqrt() * (1 - b) / (1 - a) * x
+    return mean + var.sqrt() * z
+
+
 @pytest.fixture
 def state(stream, make_images):
     generator = torch.Generator().manual_seed(3)
@@ -77,6 +98,35 @@ def test_ddpm_is_ddim_with_eta_one_where_nothing_is_clipped(state, alpha_bar, ob
         for eta in (None, 1.0)
     ]
     torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_is_the_definition_in_float64(state, alpha_bar, any_layout, objective, eta, clip):
+    x_t, pred, s = state
+    x_t, pred = any_layout(x_t), any_layout(pred)
+    z = kernels.normal(x_t.shape, **s.named)
+    want = _float64(x_t, pred, z, T, S, alpha_bar, objective, eta, clip)
+    got = kernels.sampler_step(
+        x_t, pred, T, S, alpha_bar, objective=objective, eta=eta, clip=clip, **s.named
+    )
+    largest = want.abs().amax((1, 2, 3), keepdim=True)
+    assert ((got.double() - want).abs() <= 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.3])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_any_noise_the_image_is_the_models(state, objective, eta):
+    """alpha_bar = 1 at t, as a schedule may begin: what the formulas tend to."""
+    x_t, pred, s = state
+    table, nearly = torch.ones(3), torch.tensor([1.0, 1.0, 1.0 - 2.0**-24])
+    t, t_next = torch.tensor([0, 1, 2, 2]), torch.tensor([-1, 0, 1, -1])
+    options = {"objective": objective, "eta": eta, "clip": None}
+    got = kernels.sampler_step(x_t, pred, t, t_next, table, **options, **s.named)
+    assert torch.equal(got, pred if objective == "x0" else x_t)
+    near = kernels.sampler_step(x_t, pred, t, t_next, nearly, **options, **s.named)
+    torch.testing.assert_close(near, got, rtol=0, atol=2e-3)
 
 
 def test_a_perfect_model_walks_back_to_the_image(stream, alpha_bar, make_images):
@@ -142,6 +192,11 @@ def test_errors_say_what_was_wrong(state, alpha_bar):
         (TypeError, "x_t must be torch.float32", {"x_t": x_t.double()}),
         (TypeError, "x_t must be a tensor .*, got list", {"x_t": [[0.0]]}),
         (TypeError, "s must be a tensor .*, got list", {"s_": [0, 0, 0, 0]}),
+        (TypeError, "pred must be torch.float32", {"pred": pred.double()}),
+        (ValueError, "pred is on meta, the data on cpu", {"pred": pred.to("meta")}),
+        (ValueError, "s is on meta, the data on cpu", {"s_": S.to("meta")}),
+        (ValueError, "t is on meta, the data on cpu", {"t": T.to("meta")}),
+        (ValueError, "key is on meta, the data on cpu", {"key": s.key.to("meta")}),
         (ValueError, "pred has shape", {"pred": pred[:, :1]}),
         (ValueError, "eta must be 0 to 1", {"eta": 2.0}),
         (ValueError, "clip must be positive", {"clip": 0.0}),
