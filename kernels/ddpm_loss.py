@@ -178,8 +178,9 @@ def _launch_residual(
     n_chunks = triton.cdiv(elements, block * _BLOCKS_PER_CHUNK)
     partial = torch.empty(pred.shape[0] * n_chunks, dtype=torch.float32, device=pred.device)
     made = None if residual is None else contiguous_like(residual)
+    x_0 = x_0 if objective == "eps" else x_0.contiguous()  # which eps does not read
     _residual_kernel[(partial.numel(),)](
-        pred.contiguous(), x_0.contiguous(), made, partial, t, alpha_bar, key,
+        pred.contiguous(), x_0, made, partial, t, alpha_bar, key,
         sample_id.contiguous(), step, elements, alpha_bar.shape[0], n_chunks,
         OBJECTIVE=objective, FROM_UINT8=x_0.dtype == torch.uint8,
         WITH_RESIDUAL=residual is not None,
