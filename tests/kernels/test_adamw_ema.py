@@ -100,13 +100,23 @@ def test_half_precision_gradients_are_used_as_they_are(dtype):
     assert torch.equal(param, full)
 
 
-def test_strided_gradients_and_empty_buffers():
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_gradients_and_terms_in_other_layouts(layout):
     param, grads, m, v = _buffers()
     same, m_, v_ = param.clone(), m.clone(), v.clone()
-    strided = grads.T.contiguous().T
-    _run(param, strided, m, v)
-    _run(same, grads, m_, v_)
+    anchor, control = torch.randn(2, SIZE)
+    given = torch.cat([grads, anchor[None], control[None]])
+    if layout == "strided":
+        other = given.T.contiguous().T
+    else:  # as the gradient of a sum is
+        other = given[:, :1].expand(-1, SIZE)
+        given = other.clone()
+    _run(param, other[:5], m, v, anchor=other[5], mu=0.3, control=other[6])
+    _run(same, given[:5], m_, v_, anchor=given[5], mu=0.3, control=given[6])
     assert torch.equal(param, same)
+
+
+def test_empty_buffers():
     nothing = torch.zeros(0)
     _run(nothing, torch.zeros(5, 0), nothing.clone(), nothing.clone())
 

@@ -86,11 +86,13 @@ def _stream(key, sample_id, step, **_):
 
 BATCH = ("x", "y", "pixels", "t", "sample_id")
 OPS = {
-    "normal": lambda x, **s: kernels.normal((x.shape[0], 3, 5), **_stream(**s)),
+    "normal": lambda x, **s: kernels.normal((x.shape[0], 3, 5), dtype=x.dtype, **_stream(**s)),
     "uniform": lambda x, **s: kernels.uniform((x.shape[0], 3, 5), **_stream(**s)),
     "timesteps": lambda **s: kernels.timesteps(1000, **_stream(**s)),
-    "q_sample": lambda pixels, t, **s: kernels.q_sample(pixels, t, ALPHA_BAR, **_stream(**s)),
-    "add_noise": lambda x, y, t, **_: kernels.add_noise(x, y, t, ALPHA_BAR),
+    "q_sample": lambda x, pixels, t, **s: kernels.q_sample(
+        pixels, t, ALPHA_BAR, dtype=x.dtype, **_stream(**s)
+    ),
+    "add_noise": lambda x, y, t, **_: kernels.add_noise(x, y, t, ALPHA_BAR, dtype=x.dtype),
     "ddpm_loss": lambda x, pixels, t, **s: kernels.ddpm_loss(
         x, pixels, t, ALPHA_BAR, objective="v", snr_gamma=5.0, **_stream(**s)
     ),
@@ -111,20 +113,29 @@ CASES = {name: Case(run, _given_images, BATCH) for name, run in OPS.items()} | {
     "add_masks_": Case(_masked, _given_masks, ("keys", "signs")),
 }  # fmt: skip
 LEAVES = ("x", "y", "weight", "bias", "scale", "shift")
+WITHOUT_DTYPE = ("uniform", "timesteps", "mask_add", "add_masks_")
+IN_EVERY_DTYPE = [
+    (name, dtype)
+    for name in CASES
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if dtype == torch.float32 or name not in WITHOUT_DTYPE
+]
 
 
-def _run(run: Callable[..., Any], given: Given, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def _run(
+    run: Callable[..., Any], given: Given, dtype: torch.dtype = torch.float32,
+    upstream_like: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[Tensor]:  # fmt: skip
     """What the op returns, and the gradients of what may have one."""
-    given = {k: v.to(dtype) if k in LEAVES else v for k, v in given.items()}
+    given = {k: v.to(dtype) if k in (*LEAVES, "grad") else v for k, v in given.items()}
     leaves = [v.requires_grad_() for k, v in given.items() if k in LEAVES]
     made = run(**given)
     outputs = list(made) if isinstance(made, tuple) else [made]
     if not outputs[0].requires_grad:
         return outputs
     upstream = torch.linspace(0.5, 2.0, outputs[0].numel()).view(outputs[0].shape)
-    grads = torch.autograd.grad(
-        outputs[0], leaves, upstream.to(outputs[0].dtype), allow_unused=True
-    )
+    upstream = upstream_like(upstream.to(outputs[0].dtype))
+    grads = torch.autograd.grad(outputs[0], leaves, upstream, allow_unused=True)
     return [v.detach() for v in (*outputs, *grads) if v is not None]
 
 
@@ -173,16 +184,24 @@ def poison():
     torch.use_deterministic_algorithms(was)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
 def test_twice_the_same_bits(name, layout_name, dtype):
     case = CASES[name]
     first, second = (_run(case.run, case.given(4, layout_name), dtype) for _ in range(2))
     assert _same(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("upstream", ["sliced", "expanded"])
+@pytest.mark.parametrize("name", ["add_noise", "ddpm_loss", "group_norm_silu"])
+def test_an_upstream_gradient_may_lie_anywhere(name, layout_name, upstream):
+    runs = []
+    for like in (lambda g: in_layout(g, upstream), lambda g: in_layout(g, upstream).clone()):
+        runs.append(_run(CASES[name].run, CASES[name].given(4, layout_name), upstream_like=like))
+    assert len(runs[0]) > 1
+    assert _same(*runs)
+
+
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
 def test_poisoned_outputs_are_fully_written(name, layout_name, dtype, request):
     case = CASES[name]
     clean = _run(case.run, case.given(4, layout_name), dtype)

@@ -45,10 +45,10 @@ def _close(got, want, dtype):
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 def test_value_and_gradients_are_those_of_the_definition(
-    layout, dtype, embedded, silu, torch_kernels
+    any_layout, dtype, embedded, silu, torch_kernels
 ):
     x, affine, embedding = _inputs(dtype=dtype, embedded=embedded)
-    leaves = [layout(x), *affine, *embedding]
+    leaves = [any_layout(x), *affine, *embedding]
     ours = [v if v is None else v.detach().requires_grad_() for v in leaves]
     exact = [v if v is None else v.detach().double().requires_grad_() for v in leaves]
     upstream = torch.randn(*x.shape[:3], 2 * x.shape[3]).to(dtype)[..., ::2]  # strided

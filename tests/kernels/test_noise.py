@@ -218,6 +218,13 @@ def test_errors_say_what_was_wrong(stream):
     for draw in (lambda **s: kernels.uniform((2, 3), **s), lambda **s: kernels.timesteps(9, **s)):
         with pytest.raises(TypeError, match="sample_id must be a tensor .*, got list"):
             draw(**(s.named | {"sample_id": [0, 1]}))
+        for name in ("key", "step"):
+            with pytest.raises(ValueError, match=f"{name} is on meta, the data on cpu"):
+                draw(**(s.named | {name: s.named[name].to("meta")}))
+            with pytest.raises(TypeError, match=f"{name} must be torch.int64"):
+                draw(**(s.named | {name: s.named[name].int()}))
+        with pytest.raises(TypeError, match="sample_id must be torch.int64"):
+            draw(**(s.named | {"sample_id": s.sample_id.float()}))
     with pytest.raises(ValueError, match="batch dimension"):
         kernels.normal((), **s.named)
     with pytest.raises(ValueError, match="split the sample"):

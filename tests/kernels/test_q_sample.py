@@ -15,13 +15,16 @@ T = torch.tensor([0, 1, 500, 999])
 
 
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
-def test_q_sample_is_equation_4_in_every_layout(stream, alpha_bar, make_images, layout, source):
-    s, x_0 = stream(4), layout(make_images(4, source))
+def test_q_sample_is_equation_4_in_every_layout(stream, alpha_bar, make_images, any_layout, source):
+    s, x_0 = stream(4), any_layout(make_images(4, source))
     eps = kernels.normal(x_0.shape, **s.named)
     x_t = kernels.q_sample(x_0, T, alpha_bar, **s.named)
     torch.testing.assert_close(x_t.double(), _float64(x_0, eps, T, alpha_bar), rtol=1e-6, atol=1e-6)
     assert x_t.stride() == torch.empty_like(x_0).stride()
     assert torch.equal(x_t, kernels.add_noise(x_0, eps, T, alpha_bar))
+    eps = any_layout(eps)
+    x_t, want = kernels.add_noise(x_0, eps, T, alpha_bar), _float64(x_0, eps, T, alpha_bar)
+    torch.testing.assert_close(x_t.double(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -85,18 +88,25 @@ def test_shapes_from_empty_to_volumes(stream, alpha_bar, shape):
     torch.testing.assert_close(x_t, noise * kernels.normal(shape, **s.named))
 
 
-def test_gradients(stream, alpha_bar, make_images):
-    s = stream(2)
-    x_0 = make_images(2).double().float().requires_grad_()
-    grad = torch.randn(4, *x_0.shape[1:])[::2]  # a strided upstream gradient
-    t = T[1:3]
-    kernels.q_sample(x_0, t, alpha_bar, **s.named).backward(grad)
-    signal, noise = (v[t].sqrt().view(-1, 1, 1, 1) for v in (alpha_bar, 1 - alpha_bar))
-    torch.testing.assert_close(x_0.grad, grad * signal)
-    x_0, eps = x_0.detach().requires_grad_(), torch.randn_like(x_0).requires_grad_()
-    kernels.add_noise(x_0, eps, t, alpha_bar).backward(grad)
-    torch.testing.assert_close(x_0.grad, grad * signal)
-    torch.testing.assert_close(eps.grad, grad * noise)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_for_upstream_ones_in_every_layout(
+    stream, alpha_bar, make_images, any_layout, dtype
+):
+    s = stream(4)
+    x_0 = make_images(4, dtype).requires_grad_()
+    eps = torch.randn(x_0.shape).to(dtype).requires_grad_()
+    upstream = any_layout(torch.randn(x_0.shape))
+    a = alpha_bar.double()[T].view(-1, 1, 1, 1)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    for x_t, leaves in (
+        (kernels.q_sample(x_0, T, alpha_bar, **s.named), (x_0,)),
+        (kernels.add_noise(x_0, eps, T, alpha_bar), (x_0, eps)),
+    ):
+        grads = torch.autograd.grad(x_t, leaves, upstream)
+        for grad, factor in zip(grads, (a.sqrt(), (1 - a).sqrt()), strict=False):
+            assert grad.dtype == dtype
+            exact = upstream.double() * factor
+            torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double")
@@ -149,5 +159,11 @@ def test_errors_say_what_was_wrong(stream, alpha_bar, make_images):
     for images in ([[0.0]], x_0):  # one of the two is no tensor
         with pytest.raises(TypeError, match="must be a tensor .*, got list"):
             kernels.add_noise(images, [[0.0]], T, alpha_bar)
-    with pytest.raises(ValueError, match="eps has shape"):
-        kernels.add_noise(x_0, x_0[:, :1], T, alpha_bar)
+    for error, message, eps, options in (
+        (ValueError, "eps has shape", x_0[:, :1], {}),
+        (TypeError, "eps must be torch.float32", x_0.double(), {}),
+        (ValueError, "eps is on meta, the data on cpu", x_0.to("meta"), {}),
+        (TypeError, "add_noise: dtype must be one of", x_0, {"dtype": torch.float64}),
+    ):
+        with pytest.raises(error, match=message):
+            kernels.add_noise(x_0, eps, T, alpha_bar, **options)

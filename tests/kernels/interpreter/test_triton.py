@@ -9,6 +9,7 @@ from kernels.ddpm_loss import _launch_ddpm_loss
 from kernels.noise import _launch_normal, _normal_kernel
 from kernels.q_sample import _launch_q_sample
 from kernels.sampler_step import _launch_sampler_step, sampler_step_reference
+from tests.kernels.conftest import in_layout
 
 NAN = float("nan")
 
@@ -49,8 +50,8 @@ T = torch.tensor([0, 999, 500])
 
 
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32])
-def test_q_sample_is_equal_in_every_bit(stream, alpha_bar, make_images, layout, source):
-    s, x_0 = stream(3), layout(make_images(3, source))
+def test_q_sample_is_equal_in_every_bit(stream, alpha_bar, make_images, any_layout, source):
+    s, x_0 = stream(3), any_layout(make_images(3, source))
     want = kernels.q_sample(x_0, T, alpha_bar, **s.named)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         out = torch.full(x_0.shape, NAN).contiguous(memory_format=memory_format)
@@ -60,6 +61,9 @@ def test_q_sample_is_equal_in_every_bit(stream, alpha_bar, make_images, layout, 
         out.fill_(NAN)
         _launch_q_sample(x_0, T, alpha_bar, out, eps=eps)
         assert same_bits(out, want)
+    eps = any_layout(eps)
+    _launch_q_sample(x_0, T, alpha_bar, out.fill_(NAN), eps=eps)
+    assert same_bits(out, kernels.add_noise(x_0, eps, T, alpha_bar))
 
 
 def test_a_timestep_outside_the_table_makes_nan_and_touches_nothing_else(stream, alpha_bar):
@@ -106,6 +110,26 @@ def test_tails_in_every_dtype(stream, alpha_bar, elements, dtype):
     assert_rounded(residual, want[2])
 
 
+@pytest.mark.parametrize("source", [torch.uint8, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_and_half_precision(stream, alpha_bar, make_images, source, dtype):
+    s, x_0 = stream(3), make_images(3, source)
+    pred = torch.randn(x_0.shape).to(dtype)
+    out = torch.full_like(pred, NAN)
+    _launch_q_sample(x_0, T, alpha_bar, out, stream=s.triple)
+    assert_rounded(out, kernels.q_sample(x_0, T, alpha_bar, dtype=dtype, **s.named))
+
+    _launch_q_sample(x_0, T, alpha_bar, out.fill_(NAN), eps=pred)
+    assert_rounded(out, kernels.add_noise(x_0, pred, T, alpha_bar, dtype=dtype))
+
+    arguments = (pred, x_0, T, alpha_bar, s.triple, "v", None)
+    loss, scale = torch.full((2, 3), NAN)
+    _launch_ddpm_loss(*arguments, out.fill_(NAN), loss, scale)
+    want = ddpm_loss_reference(*arguments, True)
+    torch.testing.assert_close(loss, want[0], rtol=2e-6, atol=0)
+    assert_rounded(out, want[2])
+
+
 @pytest.mark.parametrize("op", ["q_sample", "sampler_step", "ddpm_loss"])
 def test_what_a_sample_has_one_of_may_be_strided_or_expanded(stream, alpha_bar, op):
     s, x = stream(3), torch.randn(3, 5)
@@ -136,9 +160,10 @@ def test_what_a_sample_has_one_of_may_be_strided_or_expanded(stream, alpha_bar, 
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_loss_and_residual(stream, alpha_bar, make_images, objective, gamma):
-    s, x_0 = stream(3), make_images(3, torch.uint8)
-    for format_ in (torch.contiguous_format, torch.channels_last):
-        pred = torch.randn(x_0.shape).contiguous(memory_format=format_)
+    s = stream(3)
+    for layout in ("nchw", "channels_last", "sliced", "expanded"):
+        x_0 = in_layout(make_images(3, torch.uint8), layout)
+        pred = in_layout(torch.randn(x_0.shape), layout)
         loss, scale = torch.full((3,), NAN), torch.full((3,), NAN)
         residual = torch.full_like(pred, NAN)
         arguments = (pred, x_0, T, alpha_bar, s.triple, objective, gamma)

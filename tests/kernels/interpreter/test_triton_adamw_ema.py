@@ -21,10 +21,25 @@ def test_adamw_ema(size, terms, step):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_read_may_be_strided():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 1025])
+def test_gradients_in_half_precision(size, dtype):
+    ours, theirs = torch.rand(2, 3, size)
+    theirs.copy_(ours)
+    grad = torch.randn(size).to(dtype)
+    rest = (torch.tensor(1e-2), torch.tensor(2), None, 0.9, 0.999, 1e-8, 0.1, 0.0)
+    _launch_adamw_ema(ours[0], grad, *ours[1:], None, None, None, *rest)
+    adamw_ema_reference(theirs[0], grad, *theirs[1:], None, None, None, *rest)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_what_is_read_may_be_strided_or_expanded(layout):
     ours, theirs = torch.rand(2, 4, 10)
     theirs.copy_(ours)
     read = torch.randn(3, 20)[:, ::2]  # grad, anchor, control
+    if layout == "expanded":
+        read = read[:, :1].expand(-1, 10)
     rest = (torch.tensor(1e-2), torch.tensor([[7, 3]])[:, 1:], None, 0.9, 0.999, 1e-8, 0.1, 0.3)
     _launch_adamw_ema(ours[0], read[0], *ours[1:3], None, *read[1:], *rest)
     adamw_ema_reference(theirs[0], read[0], *theirs[1:3], None, *read[1:], *rest)

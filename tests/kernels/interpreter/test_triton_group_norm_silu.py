@@ -6,6 +6,7 @@ from kernels._group_norm_silu_cpu import (
     group_norm_silu_reference,
 )
 from kernels.group_norm_silu import _launch_backward, _launch_forward
+from tests.kernels.conftest import in_layout
 
 NAN = float("nan")
 
@@ -44,6 +45,53 @@ def test_forward_and_backward(shape, groups, channels_last, embedded, silu):
     expected = group_norm_silu_backward_reference(grad, *statistics)
     for got, value in zip((dx, dw, db), expected, strict=True):
         torch.testing.assert_close(got, value, rtol=1e-3, atol=5e-4)
+
+
+def _run(x, weight, bias, groups, grad):
+    """(y, mean, rstd), then the gradients of x, weight and bias by sample: kernel and reference."""
+    y, sizes = torch.full_like(x, NAN), (2, len(x), groups)
+    mean, rstd = torch.full(sizes, NAN)
+    _launch_forward(x, weight, bias, groups, 1e-5, True, y, mean, rstd)
+    want = group_norm_silu_reference(x, weight, bias, groups, 1e-5, True)
+    statistics = (x, weight, bias, *want[1:], groups, True)
+    dx, (dw, db) = torch.full_like(x, NAN), torch.full((2, *x.shape[:2]), NAN)
+    _launch_backward(grad, *statistics, dx, dw, db)
+    theirs = group_norm_silu_backward_reference(grad, *statistics)
+    return (y, mean, rstd, dx, dw, db), (*want, *theirs)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (5, 13)])  # 63, 64, 65 pixels, 64 to a tile
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_pixels_around_the_end_of_a_tile(size, layout):
+    x = in_layout(torch.randn(1, 64, *size), layout)
+    weight, bias = torch.randn(2, 1, 64)
+    for got, want in zip(*_run(x, weight, bias, 1, torch.randn(x.shape)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "channels_last", "expanded"])
+def test_upstream_gradients_may_lie_anywhere(layout):
+    weight, bias = torch.randn(2, 2, 8)
+    grad = in_layout(torch.randn(2, 8, 5, 7), layout)
+    for like in ("nchw", "channels_last"):
+        x = in_layout(torch.randn(2, 8, 5, 7), like)
+        for got, want in zip(*_run(x, weight, bias, 2, grad), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 12, 5, 7), 4), ((1, 72, 3, 3), 12)])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(shape, groups, layout, dtype):
+    """One rounding at the end; to bfloat16 the interpreter cuts off."""
+    x = in_layout((torch.randn(shape) + 2).to(dtype), layout)
+    weight, bias = torch.randn(2, *shape[:2]).to(dtype)
+    ours, theirs = _run(x, weight, bias, groups, torch.randn(shape).to(dtype))
+    ulp = torch.finfo(dtype).eps
+    for got, want in zip(ours, theirs, strict=True):
+        rounded = got.dtype == dtype
+        tolerance = {"rtol": ulp, "atol": ulp / 16} if rounded else {"rtol": 1e-3, "atol": 5e-4}
+        torch.testing.assert_close(got, want, **tolerance)
 
 
 def test_a_large_mean_does_not_cancel_the_variance():
