@@ -311,11 +311,11 @@ def _normal_fake(
 
 @torch.library.custom_op("concilium::uniform_words", mutates_args=())
 def _uniform_words(shape: Sequence[int], key: Tensor, sample_id: Tensor, step: Tensor) -> Tensor:
-    batch, elements = shape[0], math.prod(shape[1:])
+    elements = math.prod(shape[1:])
     even, odd = _counters(sample_id, step, -(-elements // 4))
     even, odd = philox(even, odd, key ^ _UNIFORM_TAG)
     words = torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1)
-    return words.view(batch, -1)[:, :elements].reshape(tuple(shape)).contiguous()
+    return words.flatten(1)[:, :elements].reshape(tuple(shape)).contiguous()
 
 
 @_uniform_words.register_fake

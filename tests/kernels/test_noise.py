@@ -84,18 +84,30 @@ def test_a_short_sample_is_the_beginning_of_a_long_one(stream, elements):
     assert torch.equal(kernels.normal((2, elements), **s.named), long[:, :elements])
 
 
+DRAWS = {
+    "normal": lambda **s: kernels.normal((len(s["sample_id"]), 3, 5, 5), **s),
+    "uniform": lambda **s: kernels.uniform((len(s["sample_id"]), 3, 5), **s),
+    "timesteps": lambda **s: kernels.timesteps(1000, **s),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(range(6)), cut=st.integers(0, 6))
-def test_noise_is_independent_of_batch_order_and_split(order, cut):
+def test_noise_is_independent_of_batch_order_and_split(draw, order, cut):
     key, step = torch.tensor(kernels.derive_key(1, "order")), torch.tensor(11)
     ids = torch.arange(6) * 2**31
-    whole = kernels.normal((6, 3, 5, 5), key=key, sample_id=ids, step=step)
+    whole = draw(key=key, sample_id=ids, step=step)
     shuffled = ids[torch.tensor(order)]
-    parts = [
-        kernels.normal((len(part), 3, 5, 5), key=key, sample_id=part, step=step)
-        for part in (shuffled[:cut], shuffled[cut:])
-    ]
+    parts = [draw(key=key, sample_id=part, step=step) for part in (shuffled[:cut], shuffled[cut:])]
     assert torch.equal(torch.cat(parts), whole[torch.tensor(order)])
+
+
+def test_an_empty_batch_has_draws_of_its_shape(stream):
+    nothing = stream(0).named
+    assert kernels.normal((0, 3), **nothing).shape == (0, 3)
+    assert kernels.uniform((0, 3), **nothing).shape == (0, 3)
+    assert kernels.timesteps(1000, **nothing).shape == (0,)
 
 
 def test_chunked_work_gives_the_bits_of_whole_work(stream, monkeypatch):
