@@ -133,7 +133,8 @@ def apply_to_unet(model: Model) -> Model:
 
     Results differ by rounding. In float32 the output is within 1e-4 |y| + 1e-5 of what it was and a
     parameter's gradient within 1e-3 |g| + 1e-4 (1 + max |g|), on diffusers' configurations in
-    ``tests/kernels/test_group_norm_silu.py``.
+    ``tests/kernels/test_group_norm_silu.py``. In bfloat16 and channels_last, under autocast, output
+    and gradient are as near to float32's as with torch's modules: within 0.02 of their norm.
     """
     for module in list(model.modules()):
         _fuse_resnet_block(module)

@@ -322,6 +322,31 @@ def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
     assert list(unet.state_dict()) == names
 
 
+@pytest.mark.parametrize("name", list(CONFIGURATIONS)[1:])
+def test_in_bfloat16_and_channels_last_it_is_as_near_to_float32_as_torch(name):
+    """Under autocast, as training runs it: output and whole gradient, by their norms."""
+    unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **CONFIGURATIONS[name])
+    unet.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    t, labels = torch.tensor([3, 500, 900, 20]), torch.tensor([1, 7, 0, 9])
+
+    def run(dtype):
+        unet.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = unet(x, t, class_labels=labels).sample
+        y.float().square().sum().backward()
+        return y.detach().float(), torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+    def distances(made):
+        return [(a - b).norm() / b.norm() for a, b in zip(made, exact, strict=True)]
+
+    exact, torchs = run(torch.float32), run(torch.bfloat16)
+    kernels.apply_to_unet(unet)
+    for ours, theirs in zip(distances(run(torch.bfloat16)), distances(torchs), strict=True):
+        assert ours <= 0.02
+        assert ours <= 1.1 * theirs
+
+
 def test_a_block_for_videos_whose_embedding_is_no_vector_computes_the_same():
     """Its time embedding, (B, frames, C), goes through the same SiLU as its images."""
     block = TemporalResnetBlock(32, 64, temb_channels=16)
