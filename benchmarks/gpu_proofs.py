@@ -152,9 +152,58 @@ def _compare_norms(
         y = kernels.group_norm_silu(leaves[0], 32, *leaves[1:3], scale=leaves[3], shift=leaves[4])
         y.backward(upstream.to(where))  # type: ignore[no-untyped-call]
         results.append([y, *(leaf.grad for leaf in leaves)])
-    for ours, theirs in zip(*results, strict=True):
+    _assert_close(*results, tolerance)
+
+
+def _assert_close(here: list[Tensor], there: list[Tensor], tolerance: float) -> None:
+    for ours, theirs in zip(here, there, strict=True):
         largest = ours.abs().max().item()
         torch.testing.assert_close(theirs.cpu(), ours, rtol=tolerance, atol=tolerance * largest)
+
+
+def elementwise_ops_are_those_of_the_cpu(device: str = "cuda") -> str:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5, 3, 33, 31), (3, 4099)):  # with tails of blocks and of 128 bits
+        x_0 = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        x, eps = torch.randn(2, *shape, generator=generator)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            given = (x_0, x.to(dtype), eps.to(dtype))
+            for objective in ("eps", "x0", "v"):
+                results = [_of_images(*given, objective, where) for where in ("cpu", device)]
+                _assert_close(*results, tolerance)
+    for dtype in (torch.float32, torch.bfloat16):
+        flat = torch.randn(7, 70_001, generator=generator)
+        results = [_optimised(flat, dtype, where) for where in ("cpu", device)]
+        _assert_close(*results, 1e-5)
+    return "q_sample, add_noise, loss and gradient, DDPM, DDIM, optimiser; float32 and bfloat16"
+
+
+def _of_images(x_0: Tensor, x: Tensor, eps: Tensor, objective: str, where: str) -> list[Tensor]:
+    x_0, x, eps = (v.to(where) for v in (x_0, x, eps))
+    t = torch.arange(x_0.shape[0], device=where) * 199
+    table, stream = torch.linspace(0.999, 0.001, 1000).to(where), _stream(x_0.shape[0], where)
+    pred = eps.clone().requires_grad_()
+    loss = kernels.ddpm_loss(pred, x_0, t, table, **stream, objective=objective, snr_gamma=5.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), pred)
+    steps = [
+        kernels.sampler_step(x, eps, t, t - 1, table, **stream, objective=objective, eta=eta)
+        for eta in (None, 0.5)
+    ]
+    x_t = kernels.q_sample(x_0, t, table, **stream, dtype=x.dtype)
+    return [x_t, kernels.add_noise(x, eps, t, table), loss.detach(), gradient, *steps]
+
+
+def _optimised(flat: Tensor, dtype: torch.dtype, where: str) -> list[Tensor]:
+    """Parameters, moments and average after three steps with all terms."""
+    param, grad, m, v, average, anchor, control = flat.to(where, copy=True)
+    v.square_()
+    for i in (1, 2, 3):
+        kernels.adamw_ema_(
+            param, grad.to(dtype) * i, m, v, lr=torch.tensor(1e-2, device=where),
+            step=torch.tensor(i, device=where), weight_decay=0.1, ema=average,
+            ema_decay=torch.tensor(0.9, device=where), anchor=anchor, mu=0.3, control=control,
+        )  # fmt: skip
+    return [param, m, v, average]
 
 
 def more_than_2_to_the_31_elements_in_a_sample(device: str = "cuda", elements: int = _PAST) -> str:
@@ -317,6 +366,7 @@ PROOFS: tuple[Callable[[], str | None], ...] = (
     blocks_and_warps_leave_the_bits_alone,
     a_batch_past_the_limits_of_a_grid,
     norms_are_those_of_the_cpu,
+    elementwise_ops_are_those_of_the_cpu,
     more_than_2_to_the_31_elements_in_a_sample,
     more_than_2_to_the_31_elements_in_a_batch,
     masks_of_more_than_2_to_the_31_elements,

@@ -12,6 +12,7 @@ from benchmarks import gpu_proofs
     [
         (gpu_proofs.masks_have_the_bits_of_the_cpu, (3001,)),
         (gpu_proofs.norms_are_those_of_the_cpu, ()),
+        (gpu_proofs.elementwise_ops_are_those_of_the_cpu, ()),
         (gpu_proofs.more_than_2_to_the_31_elements_in_a_sample, (100_005,)),
         (gpu_proofs.more_than_2_to_the_31_elements_in_a_batch, (5,)),
         (gpu_proofs.masks_of_more_than_2_to_the_31_elements, (100_005,)),
