@@ -5,7 +5,7 @@
 Proofs (`benchmarks.gpu_proofs`): the normals and the masks have the bits of the CPU; more than 2^31
 elements; a second stream and a second GPU; N replays of a captured graph make N noises, and those
 of a whole training step its steps; blocks, warps and batches of any size leave the bits alone;
-every norm's result is that of the CPU; compute-sanitizer where it is installed. Then the tables of
+every op's result is that of the CPU; compute-sanitizer where it is installed. Then the tables of
 `benchmarks.kernels` and `benchmarks.train_step`.
 
 Every part is a process of its own with a time limit, 30 minutes in all, and the results are written
