@@ -245,15 +245,15 @@ def _add_noise_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
 
 def _q_sample_backward(ctx, grad):  # type: ignore[no-untyped-def]
     t, alpha_bar = ctx.saved_tensors
-    signal = per_sample(alpha_bar[t].sqrt(), grad)
+    signal = per_sample(sqrt_rn(alpha_bar[t]), grad)
     return (grad * signal).to(ctx.x_0_dtype), None, None, None, None, None, None
 
 
 def _add_noise_backward(ctx, grad):  # type: ignore[no-untyped-def]
     t, alpha_bar = ctx.saved_tensors
     a = per_sample(alpha_bar[t], grad)
-    grad_x_0 = (grad * a.sqrt()).to(ctx.x_0_dtype) if ctx.needs_input_grad[0] else None
-    grad_eps = (grad * (1.0 - a).sqrt()).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
+    grad_x_0 = (grad * sqrt_rn(a)).to(ctx.x_0_dtype) if ctx.needs_input_grad[0] else None
+    grad_eps = (grad * sqrt_rn(1.0 - a)).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
     return grad_x_0, grad_eps, None, None, None
 
 

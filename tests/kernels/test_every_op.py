@@ -246,6 +246,21 @@ def test_without_a_mark_the_first_change_of_the_batch_compiles_once_more(name):
         assert counted.frame_count == graphs
 
 
+@pytest.mark.slow  # inductor compiles C++
+@pytest.mark.parametrize(
+    ("name", "dtype", "layout"),
+    [(name, torch.float32, "sliced") for name in CASES]
+    + [(name, torch.bfloat16, "channels_last") for name in CASES if name not in WITHOUT_DTYPE],
+)
+def test_the_default_backend_gives_the_same_bits(name, dtype, layout):
+    case = CASES[name]
+    torch.compiler.reset()
+    compiled = torch.compile(case.run, fullgraph=True)
+    got = _run(compiled, case.given(4, layout), dtype)
+    want = _run(case.run, case.given(4, layout), dtype)
+    assert _same(got, want)
+
+
 def _all_of_them(given: dict[str, Given]) -> tuple[Tensor, list[Any]]:
     """Every op in one function, and a matrix product that shows whether autocast is on."""
     x = given["group_norm_silu"]["weight"][:, None]
