@@ -1,5 +1,7 @@
-"""Fused operations of diffusion training: a Triton kernel, a torch reference and the dispatch, one
-file each.
+"""Fused operations of diffusion training: a Triton kernel, a torch reference and the dispatch.
+
+One file each. Where the CPU has a path of its own there is a second one (``_*_cpu.py``); masks have
+their keystream and their quantiser in two more.
 """
 
 from kernels.adamw_ema import adamw_ema_
