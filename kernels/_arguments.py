@@ -106,6 +106,11 @@ def check_schedule(op: str, t: Tensor, alpha_bar: Tensor, batch: int, device: to
             f"got {tuple(alpha_bar.shape)}"
         )
     check_device(op, device, t=t, alpha_bar=alpha_bar)
+    if alpha_bar.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: alpha_bar requires a gradient, which this op does not compute: pass "
+            "alpha_bar.detach(), or write it with torch operations"
+        )
 
 
 def check_same_shape(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -319,8 +319,9 @@ def ddpm_loss(
     without elements it is NaN, the mean of nothing.
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape, device or option and,
-    on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` on double backward
-    and for a forward-mode derivative. arXiv 2006.11239, 2202.00512, 2303.09556.
+    on the CPU, for a timestep outside the table (NaN on CUDA); ``RuntimeError`` for a derivative
+    that it does not have (double backward; forward mode; by ``alpha_bar``). arXiv 2006.11239,
+    2202.00512, 2303.09556.
     """
     check_dtype("ddpm_loss", "pred", pred, FLOATS)
     check_batched("ddpm_loss", "pred", pred.shape)

@@ -280,7 +280,8 @@ def q_sample(
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and, on the
     CPU, for a timestep outside the table (on CUDA, where looking would stall the queue, that sample
-    becomes NaN); ``RuntimeError`` for a forward-mode derivative. arXiv 2006.11239, eq. 4.
+    becomes NaN); ``RuntimeError`` for a derivative that it does not have
+    (forward mode; by ``alpha_bar``). arXiv 2006.11239, eq. 4.
     """
     check_dtype("q_sample", "x_0", x_0, IMAGES)
     check_batched("q_sample", "x_0", x_0.shape)

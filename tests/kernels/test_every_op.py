@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import kernels
@@ -171,6 +172,22 @@ def test_forward_mode_is_refused(name):
     """Of ops that have a derivative; for torch one in a mode that they do not have is zero."""
     with pytest.raises(RuntimeError, match=f"{name} has a tangent, and no forward-mode"):
         torch.func.jvp(OF_ONE_FLOAT[name], (X,), (X,))
+
+
+@pytest.mark.parametrize("op", ["q_sample", "add_noise", "ddpm_loss", "sampler_step"])
+def test_a_schedule_that_wants_a_gradient_is_refused(op):
+    """It would get none, without a word."""
+    of = {
+        "q_sample": lambda table: kernels.q_sample(X, T, table, **NAMED),
+        "add_noise": lambda table: kernels.add_noise(X, X, T, table),
+        "ddpm_loss": lambda table: kernels.ddpm_loss(X, X, T, table, **NAMED),
+        "sampler_step": lambda table: kernels.sampler_step(X, X, T, T - 1, table, **NAMED),
+    }[op]
+    learned = ALPHA_BAR.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{op}: alpha_bar requires a gradient"):
+        of(learned)
+    with torch.no_grad():
+        of(learned)
 
 
 @pytest.fixture
