@@ -5,7 +5,8 @@
 Every group is one job done by several means; ``extra_info`` holds the bytes that the job cannot
 avoid moving, the rate that follows, and its share of this machine's measured copy bandwidth. Noise
 is not drawn by both sides alike: torch.randn is the cheaper, and not reproducible across batch
-splits or devices.
+splits or devices. Torch has no masks: random integers of its own stand for them, which are neither
+secret nor the same on two devices.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kernels
+from kernels.quantiser import RING_DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64 if DEVICE == "cpu" else 512
 SHAPE = (BATCH, 3, 32, 32)
+LENGTH = (1 << 16 if DEVICE == "cpu" else 1 << 24) + 3  # of a masked vector: no round number
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,19 @@ def test_q_sample(measure, by):
     measure(jobs[by], 5 * images[0].numel())
 
 
+@pytest.mark.benchmark(group="add_noise")
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_add_noise(measure, by):
+    (_, t, alpha_bar), (x_0, eps) = _images(), torch.randn(2, *SHAPE, device=DEVICE)
+
+    def eager() -> Tensor:
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+    jobs = {"eager": eager, "kernels": lambda: kernels.add_noise(x_0, eps, t, alpha_bar)}
+    measure(jobs[by], 3 * 4 * x_0.numel())
+
+
 @pytest.mark.benchmark(group="ddpm_loss forward + backward")
 @pytest.mark.parametrize("by", ["eager", "kernels"])
 def test_ddpm_loss(measure, by):
@@ -129,16 +145,31 @@ def test_ddpm_loss(measure, by):
     measure(lambda: torch.autograd.grad(jobs[by]().mean(), pred), 3 * 4 * pred.numel())
 
 
+def _eager_sampler_step(
+    x_t: Tensor, pred: Tensor, t: Tensor, alpha_bar: Tensor, eta: float | None
+) -> Tensor:
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    b = torch.where(t > 0, alpha_bar[t - 1], 1.0).view(-1, 1, 1, 1)
+    x_0 = ((x_t - (1 - a).sqrt() * pred) / a.sqrt()).clamp(-1, 1)
+    if eta == 0.0:
+        return b.sqrt() * x_0 + (1 - b).sqrt() * pred
+    beta, rest = 1 - a / b, (1 - b) / (1 - a)
+    mean = b.sqrt() * beta / (1 - a) * x_0 + (a / b).sqrt() * rest * x_t
+    return mean + (rest * beta).sqrt() * torch.randn_like(x_t)
+
+
 @pytest.mark.benchmark(group="sampler_step")
-@pytest.mark.parametrize("by", ["ddim", "ddpm"])
-def test_sampler_step(measure, by):
+@pytest.mark.parametrize("eta", [0.0, None], ids=["ddim", "ddpm"])
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_sampler_step(measure, by, eta):
     (_, t, alpha_bar), stream = _images(), _stream(BATCH)
     x_t, pred = torch.randn(2, *SHAPE, device=DEVICE)
-    eta = 0.0 if by == "ddim" else None
-    measure(
-        lambda: kernels.sampler_step(x_t, pred, t, t - 1, alpha_bar, eta=eta, **stream),
-        3 * 4 * x_t.numel(),
-    )
+    s = t - 1
+    jobs = {
+        "eager": lambda: _eager_sampler_step(x_t, pred, t, alpha_bar, eta),
+        "kernels": lambda: kernels.sampler_step(x_t, pred, t, s, alpha_bar, eta=eta, **stream),
+    }
+    measure(jobs[by], 3 * 4 * x_t.numel())
 
 
 @pytest.mark.benchmark(group="adamw + ema")
@@ -167,34 +198,48 @@ def test_adamw_ema(measure, by):
     measure(jobs[by], 9 * 4 * size)
 
 
-@pytest.mark.benchmark(group="group_norm_silu forward + backward")
+@pytest.mark.benchmark(group="group_norm_silu")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 128, 16, 16), (64, 32, 28, 28)], ids=str)
 @pytest.mark.parametrize("by", ["eager", "kernels"])
-def test_group_norm_silu(measure, shape, layout, dtype, by):
+def test_group_norm_silu(measure, shape, layout, dtype, by, backward):
     channels, groups = shape[1], 32 if shape[1] >= 128 else 8
     formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     x = torch.randn(shape, device=DEVICE, dtype=dtype).contiguous(memory_format=formats[layout])
-    x.requires_grad_()
-    weight, bias = (nn.Parameter(torch.randn(channels, device=DEVICE)) for _ in range(2))
+    x.requires_grad_(backward)
+    weight, bias = torch.randn(2, channels, device=DEVICE)
+    weight, bias = weight.requires_grad_(backward), bias.requires_grad_(backward)
     upstream = torch.randn_like(x)
     own = (weight.to(dtype), bias.to(dtype))  # eager wants the parameters in the dtype of x
     jobs = {
         "eager": lambda: functional.silu(functional.group_norm(x, groups, *own)),
         "kernels": lambda: kernels.group_norm_silu(x, groups, weight, bias),
     }
+    once = x.element_size() * x.numel()
+    if not backward:
+        measure(jobs[by], 2 * once)
+        return
     measure(
         lambda: torch.autograd.grad(jobs[by](), (x, weight, bias), upstream, retain_graph=True),
-        5 * x.element_size() * x.numel(),
+        5 * once,
     )
+
+
+def _eager_masks(words: Tensor, peers: int) -> Tensor:
+    least, most = torch.iinfo(words.dtype).min, torch.iinfo(words.dtype).max
+    for _ in range(peers):
+        words += torch.randint(least, most + 1, words.shape, dtype=words.dtype, device=DEVICE)
+    return words
 
 
 @pytest.mark.benchmark(group="mask_add")
 @pytest.mark.parametrize("ring", [8, 16, 32])
 @pytest.mark.parametrize("peers", [0, 4])
-def test_mask_add(measure, ring, peers):
-    size = 1 << 16 if DEVICE == "cpu" else 1 << 24
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_mask_add(measure, ring, peers, by):
+    size = LENGTH
     delta, residual = torch.randn(2, size, device=DEVICE) * 1e-3
     quantiser = kernels.Quantiser.of(
         ring=ring, sizes=[size], clips=[2.0**-8], count=1, total_count=4,
@@ -202,11 +247,34 @@ def test_mask_add(measure, ring, peers):
     )  # fmt: skip
     keys = torch.randint(0, 256, (peers + 1, 32), dtype=torch.uint8, device=DEVICE)
     signs = torch.ones(peers, dtype=torch.int64, device=DEVICE)
-    job = functools.partial(
+
+    def eager() -> tuple[Tensor, Tensor]:
+        wanted = (delta + residual).to(quantiser.up.dtype)
+        limit = quantiser.bounds[0]
+        q = (wanted * quantiser.up).clamp(-limit, limit).add(torch.rand_like(wanted)).floor()
+        carried = (wanted - q * quantiser.down).float()
+        words = q.to(torch.int32).to(RING_DTYPES[ring])
+        return _eager_masks(words, peers), carried
+
+    ours = functools.partial(
         kernels.mask_add, delta, residual, quantiser,
         rounding_key=keys[0], keys=keys[1:], signs=signs,
     )  # fmt: skip
-    measure(job, size * (3 * 4 + ring // 8))
+    measure({"eager": eager, "kernels": ours}[by], size * (3 * 4 + ring // 8))
+
+
+@pytest.mark.benchmark(group="add_masks_")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("by", ["eager", "kernels"])
+def test_add_masks(measure, dtype, by):
+    peers, words = 4, torch.zeros(LENGTH, dtype=dtype, device=DEVICE)
+    keys = torch.randint(0, 256, (peers, 32), dtype=torch.uint8, device=DEVICE)
+    signs = torch.ones(peers, dtype=torch.int64, device=DEVICE)
+    jobs = {
+        "eager": lambda: _eager_masks(words, peers),
+        "kernels": lambda: kernels.add_masks_(words, keys=keys, signs=signs),
+    }
+    measure(jobs[by], 2 * words.element_size() * LENGTH)
 
 
 @pytest.mark.benchmark(group="uniform")
@@ -218,3 +286,14 @@ def test_uniform(measure, by):
         "kernels": lambda: kernels.uniform(SHAPE, **stream),
     }
     measure(jobs[by], 4 * torch.Size(SHAPE).numel())
+
+
+@pytest.mark.benchmark(group="timesteps")
+@pytest.mark.parametrize("by", ["torch.randint", "kernels"])
+def test_timesteps(measure, by):
+    stream = _stream(BATCH)
+    jobs = {
+        "torch.randint": lambda: torch.randint(0, 1000, (BATCH,), device=DEVICE),
+        "kernels": lambda: kernels.timesteps(1000, **stream),
+    }
+    measure(jobs[by], 8 * BATCH)
