@@ -34,6 +34,7 @@ from kernels._arguments import (
 )
 
 _BLOCK = 1024
+_ALIGNED = 16  # Triton proves that accesses are wide only where this divides the length
 _CHUNK = 1 << 16  # elements at a time on the CPU, so that the temporaries stay in cache
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -116,33 +117,20 @@ def _launch_adamw_ema(
     weight_decay: float,
     mu: float,
 ) -> None:
-    elements = param.numel()
-    if elements == 0:
-        return
-    with on_device_of(param):
-        _adamw_ema_kernel[(triton.cdiv(elements, _BLOCK),)](
-            param,
-            grad.contiguous(),
-            exp_avg,
-            exp_avg_sq,
-            ema,
-            None if anchor is None else anchor.contiguous(),
-            None if control is None else control.contiguous(),
-            lr,
-            step,
-            ema_decay,
-            1.0 - beta_1,
-            1.0 - beta_2,
-            eps,
-            weight_decay,
-            mu,
-            elements,
-            HAS_EMA=ema is not None,
-            HAS_ANCHOR=anchor is not None,
-            HAS_CONTROL=control is not None,
-            BLOCK=_BLOCK,
-            enable_fp_fusion=True,
-        )
+    read = [None if x is None else x.contiguous() for x in (grad, anchor, control)]
+    buffers = [param, read[0], exp_avg, exp_avg_sq, ema, *read[1:]]
+    numbers = (lr, step, ema_decay, 1.0 - beta_1, 1.0 - beta_2, eps, weight_decay, mu)
+    whole = param.numel() - param.numel() % _ALIGNED
+    for part in (slice(0, whole), slice(whole, param.numel())):
+        elements = part.stop - part.start
+        if elements == 0:
+            continue
+        with on_device_of(param):
+            _adamw_ema_kernel[(triton.cdiv(elements, _BLOCK),)](
+                *(None if x is None else x[part] for x in buffers), *numbers, elements,
+                HAS_EMA=ema is not None, HAS_ANCHOR=anchor is not None,
+                HAS_CONTROL=control is not None, BLOCK=_BLOCK, enable_fp_fusion=True,
+            )  # fmt: skip
 
 
 # --- torch ----------------------------------------------------------------------------------------

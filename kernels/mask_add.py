@@ -1,4 +1,4 @@
-"""A model delta quantised and masked for a secure sum over Z_2^b, b = 8, 16 or 32, in one pass.
+"""A model delta quantised and masked for a secure sum over Z_2^b, b = 8, 16 or 32.
 
     wanted = delta + residual                                  in float32
     q      = floor(clip(wanted * up_l, -limit, limit) + u)     up_l = w S / c_l, tensor l
@@ -9,7 +9,8 @@ u is made of the ChaCha20 stream of the rounding key, XORed with the silo's poin
 for b = 32. Element e is masked with bytes e b/8 ... (e + 1) b/8 -
 1 of each keystream, little-endian (docs/secure-sum.md, *Masks*).
 
-On a GPU b = 8 takes two launches, one to quantise and one to mask.
+On a GPU one launch quantises and one masks: a kernel that did both took all registers of a thread
+and spilled in some configurations, and the words between the two are little beside N keystreams.
 
 Every operation is an addition, multiplication, rounding or comparison whose result IEEE 754 fixes,
 in a fixed order and without fused multiply-add. A GPU therefore makes the bytes that the CPU path
@@ -29,8 +30,12 @@ from kernels.chacha20 import BLOCK_BYTES, MAX_BLOCKS, keystream_block, keystream
 from kernels.quantiser import RING_DTYPES, Quantiser
 
 _RINGS = {dtype: ring for ring, dtype in RING_DTYPES.items()}
-_LANES = 128  # blocks of keystream to a program: one a thread
-_LANES_8 = 64  # where bytes are quantised: with 64 elements a thread, registers run out
+_LANES = 128  # blocks of masks to a program: one a thread
+# Blocks of dither to a program: few, since elements take registers, and so many that a thread still
+# stores 128 bits where there are 64 to a warp.
+_QUANTISED = {8: 128, 16: 64, 32: 64}
+_WITHIN = 32  # blocks of masks to a program where words start within a block
+_REST = 64  # elements that one program takes at the end: whole blocks in every ring
 _CHUNK = 1 << 20  # elements at a time on the CPU
 
 
@@ -80,8 +85,8 @@ def _sum_of_keystreams(keys, signs, n_keys, counter, RING: tl.constexpr, LANES: 
 
 @triton.jit
 def _tensor_of(at, ends, n_tensors, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The number of tensors that end at or before element `at`, by binary search."""
-    found = (at * 0).to(tl.int32)
+    """The number of tensors that end at or before the one element `at`, by binary search."""
+    found = 0
     for i in tl.static_range(SEARCH):
         candidate = found + (1 << (SEARCH - 1 - i))
         inside = candidate <= n_tensors
@@ -91,22 +96,37 @@ def _tensor_of(at, ends, n_tensors, SEARCH: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _dither(key, point, counter, program, RING: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """u in [0, 1) of each element: the key's stream, XORed with the silo's point."""
-    own = tl.load(point).to(tl.uint32, bitcast=True)
-    if RING == 32:
-        return (keystream_block(key, counter) ^ own).to(tl.float64) * 2.3283064365386963e-10
-    elif RING == 16:
-        bits = _halves(keystream_block(key, counter) ^ own)
-        return bits.to(tl.float32) * 1.52587890625e-05
-    else:  # 16 bits an element: two blocks of dither for one of masks
-        twice = program.to(tl.uint32) * (2 * LANES) + tl.arange(0, 2 * LANES).to(tl.uint32)
-        bits = _halves(keystream_block(key, twice) ^ own)
-        return bits.to(tl.float32) * 1.52587890625e-05
+def _of_tensors(values, ends, first, last, start, lane):  # type: ignore[no-untyped-def]
+    """For element start + lane the value of its tensor, which is one of `first` to `last`.
+
+    Few tensors meet in a program, mostly one: a search for every element would take more registers
+    than there are.
+    """
+    chosen = tl.broadcast_to(tl.load(values + first), lane.shape)
+    for tensor in range(first, last):
+        beyond = lane >= (tl.load(ends + tensor) - start).to(tl.int32)
+        chosen = tl.where(beyond, tl.load(values + tensor + 1), chosen)
+    return chosen
 
 
 @triton.jit
-def _mask_add_kernel(  # type: ignore[no-untyped-def]
+def _counters(block, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    return block.to(tl.uint32) + tl.arange(0, LANES).to(tl.uint32)
+
+
+@triton.jit
+def _dither(key, point, block, WIDE: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """u in [0, 1) of each element: the key's stream, XORed with the silo's point."""
+    own = tl.load(point).to(tl.uint32, bitcast=True)
+    bits = keystream_block(key, _counters(block, LANES)) ^ own
+    if WIDE:
+        return bits.to(tl.float64) * 2.3283064365386963e-10
+    else:
+        return _halves(bits).to(tl.float32) * 1.52587890625e-05
+
+
+@triton.jit
+def _quantise_kernel(  # type: ignore[no-untyped-def]
     words,
     delta,
     residual,
@@ -118,86 +138,113 @@ def _mask_add_kernel(  # type: ignore[no-untyped-def]
     bounds,
     point,
     rounding_key,
-    keys,
-    signs,
-    n_keys,
     n_tensors,
     size,
-    first_block,
-    skip,
-    QUANTISE: tl.constexpr,
-    RING: tl.constexpr,
+    begin,
+    WIDE: tl.constexpr,
     SEARCH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """words[...] (+)= q + masks; `skip` elements of the first block lie before words[0]."""
-    PER_BLOCK: tl.constexpr = 512 // RING
+    """words[begin:size] = q, where `begin` is the first element of a block of dither."""
+    PER_BLOCK: tl.constexpr = 16 if WIDE else 32
+    REAL: tl.constexpr = tl.float64 if WIDE else tl.float32
     program = tl.program_id(0)
-    start = program.to(tl.int64) * (LANES * PER_BLOCK) - skip
+    start = program.to(tl.int64) * (LANES * PER_BLOCK) + begin
     lane = tl.arange(0, LANES * PER_BLOCK)
     at = start + lane
+    inside = at < size
+    wanted = tl.load(delta + at, mask=inside, other=0.0)
+    wanted = (wanted + tl.load(residual + at, mask=inside, other=0.0)).to(REAL)
+    first = _tensor_of(start, ends, n_tensors, SEARCH)
+    end = tl.minimum(start + LANES * PER_BLOCK, size)
+    last = _tensor_of(end - 1, ends, n_tensors, SEARCH)
+    finite = tl.abs(wanted) < float("inf")
+    q = wanted * _of_tensors(up, ends, first, last, start, lane)
+    limit = tl.load(bounds)
+    over = tl.abs(q) > tl.load(bounds + 1)
+    tl.store(partial + 2 * program, tl.sum((over & inside).to(tl.int32)))
+    tl.store(partial + 2 * program + 1, tl.sum((~finite).to(tl.int32)))
+    q = tl.minimum(tl.maximum(tl.where(finite, q, 0.0), -limit), limit)
+    q = tl.floor(q + _dither(rounding_key, point, start // PER_BLOCK, WIDE, LANES))
+    rest = wanted - q * _of_tensors(down, ends, first, last, start, lane)
+    tl.store(carried + at, rest.to(tl.float32), mask=inside)
+    tl.store(words + at, q.to(tl.int32).to(words.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    words,
+    keys,
+    signs,
+    n_keys,
+    size,
+    first_block,
+    begin,
+    RING: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """words[begin:size] += masks; the first block starts at `begin`, before words[0] where that is
+    negative.
+    """
+    PER_BLOCK: tl.constexpr = 512 // RING
+    program = tl.program_id(0)
+    start = program.to(tl.int64) * (LANES * PER_BLOCK) + begin
+    at = start + tl.arange(0, LANES * PER_BLOCK)
     inside = (at >= 0) & (at < size)
-    counter = (first_block + program.to(tl.int64) * LANES).to(tl.uint32)
-    counter = counter + tl.arange(0, LANES).to(tl.uint32)
-    if QUANTISE:
-        REAL: tl.constexpr = tl.float64 if RING == 32 else tl.float32
-        u = _dither(rounding_key, point, counter, program, RING, LANES)
-        wanted = tl.load(delta + at, mask=inside, other=0.0)
-        wanted = (wanted + tl.load(residual + at, mask=inside, other=0.0)).to(REAL)
-        tensor = _tensor_of(at, ends, n_tensors, SEARCH)
-        finite = tl.abs(wanted) < float("inf")
-        q = wanted * tl.load(up + tensor, mask=inside, other=0.0)
-        limit = tl.load(bounds)
-        over = tl.abs(q) > tl.load(bounds + 1)
-        tl.store(partial + 2 * program, tl.sum((over & inside).to(tl.int32)))
-        tl.store(partial + 2 * program + 1, tl.sum((~finite).to(tl.int32)))
-        q = tl.minimum(tl.maximum(tl.where(finite, q, 0.0), -limit), limit)
-        q = tl.floor(q + u)
-        rest = wanted - q * tl.load(down + tensor, mask=inside, other=0.0)
-        tl.store(carried + at, rest.to(tl.float32), mask=inside)
-        value = q.to(tl.int32)
-    else:
-        value = tl.load(words + at, mask=inside, other=0).to(tl.int32)
+    counter = _counters(first_block + program.to(tl.int64) * LANES, LANES)
     masks = _elements(_sum_of_keystreams(keys, signs, n_keys, counter, RING, LANES), RING)
+    value = tl.load(words + at, mask=inside, other=0).to(tl.int32)
     value = value + masks.to(tl.int32, bitcast=True)
     tl.store(words + at, value.to(words.dtype.element_ty), mask=inside)
 
 
-def _launch_mask_add(
-    words: Tensor,
-    keys: Tensor,
-    signs: Tensor,
-    first: int = 0,
-    rounding: tuple[Tensor, ...] | None = None,
-) -> Tensor:
-    """Add masks to `words`, or fill it: `rounding` is (delta, residual, carried, ends, up, down,
-    bounds, point, rounding key). Returns the numbers of clipped and of not finite elements.
+def _parts(n: int, per_block: int, lanes: int) -> list[tuple[int, int, int, int]]:
+    """[0, n) as (begin, end, blocks to a program, warps). Triton proves that accesses are wide only
+    where 16 divides the size, and narrow ones need more registers than there are: what is beyond
+    whole blocks is a launch of its own.
     """
-    ring = _RINGS[words.dtype]
+    whole = n - n % _REST
+    parts = [(0, whole, lanes, 4), (whole, n, _REST // per_block, 1)]
+    return [part for part in parts if part[0] < part[1]]
+
+
+def _launch_masks(words: Tensor, keys: Tensor, signs: Tensor, first: int = 0) -> None:
+    """Add masks to `words`, elements `first` and following of a vector."""
+    ring, n = _RINGS[words.dtype], words.numel()
     per_block = 8 * BLOCK_BYTES // ring
-    skip = first % per_block
-    apart = rounding is not None and ring == 8  # too many elements a thread to do both at once
-    lanes = _LANES_8 if apart else _LANES
-    programs = triton.cdiv(skip + words.numel(), lanes * per_block)
-    partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
-    given = rounding or (None,) * 9
-    # The kernel reads one element after the other, whatever the strides; vectors have none here.
+    block, skip = divmod(first, per_block)
+    # The kernel reads one element after the other, whatever the strides.
     keys, signs = keys.contiguous(), signs.contiguous()
-    delta, residual, carried = given[:3]
-    ends, up, down, bounds, point, rounding_key = (
-        value if value is None else value.contiguous() for value in given[3:]
-    )
-    n_tensors = 0 if ends is None else ends.numel()
-    if words.numel():
+    parts = [(-skip, n, _WITHIN, 4)] if skip and n else _parts(n, per_block, _LANES)
+    for begin, end, lanes, warps in parts:
         with on_device_of(words):
-            _mask_add_kernel[(programs,)](
-                words, delta, residual, carried, partial, ends, up, down, bounds, point,
-                rounding_key, keys, signs, 0 if apart else keys.shape[0], n_tensors, words.numel(),
-                first // per_block, skip, QUANTISE=rounding is not None, RING=ring,
-                SEARCH=n_tensors.bit_length(), LANES=lanes, enable_fp_fusion=False,
+            _mask_kernel[(triton.cdiv(end - begin, lanes * per_block),)](
+                words, keys, signs, keys.shape[0], end, block + max(begin, 0) // per_block, begin,
+                RING=ring, LANES=lanes, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
-    if apart:
-        _launch_mask_add(words, keys, signs, first)
+
+
+def _launch_mask_add(
+    words: Tensor, keys: Tensor, signs: Tensor, rounding: tuple[Tensor, ...]
+) -> Tensor:
+    """Fill `words` and `carried`: `rounding` is (delta, residual, carried, ends, up, down, bounds,
+    point, rounding key). Returns the numbers of clipped and of not finite elements.
+    """
+    n, ring = words.numel(), _RINGS[words.dtype]
+    per_block, most = 16 if ring == 32 else 32, _QUANTISED[ring]
+    vectors, constants = rounding[:3], [value.contiguous() for value in rounding[3:]]
+    n_tensors = constants[0].numel()
+    programs = triton.cdiv(n, most * per_block) + 1
+    partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
+    for begin, end, lanes, warps in _parts(n, per_block, most):
+        counted = partial if begin == 0 else partial[-1:]
+        with on_device_of(words):
+            _quantise_kernel[(triton.cdiv(end - begin, lanes * per_block),)](
+                words, *vectors, counted, *constants, n_tensors, end, begin,
+                WIDE=ring == 32, SEARCH=n_tensors.bit_length(), LANES=lanes,
+                num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
+    _launch_masks(words, keys, signs)
     return partial.sum(0)
 
 
@@ -288,7 +335,7 @@ def _mask_add_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     words, carried = torch.empty_like(delta, dtype=RING_DTYPES[ring]), torch.empty_like(delta)
     rounding = (delta, residual, carried, ends, up, down, bounds, point, rounding_key)
-    return words, carried, _launch_mask_add(words, keys, signs, rounding=rounding)
+    return words, carried, _launch_mask_add(words, keys, signs, rounding)
 
 
 @_mask_add.register_fake
@@ -307,7 +354,7 @@ def _add_masks(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
 
 @_add_masks.register_kernel("cuda")
 def _add_masks_cuda(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
-    _launch_mask_add(words, keys, signs, first)
+    _launch_masks(words, keys, signs, first)
 
 
 @_add_masks.register_fake

@@ -128,7 +128,8 @@ def nvidia_facts(compiled: Any) -> dict[str, Any]:
         "loads_128": sum(n for o, n in memory.items() if o.startswith("LDG") and "128" in o),
         "stores": sum(n for o, n in memory.items() if o.startswith("STG")),
         "stores_128": sum(n for o, n in memory.items() if o.startswith("STG") and "128" in o),
-        "fused": len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])),
+        "fused": len(re.findall(r"\bfma\.rn\.f(?:32|64)", compiled.asm["ptx"])),
+        "fused_machine": sum(bool(re.match(r"[FD]FMA\b", o)) for o in operations),
     }
 
 
@@ -150,6 +151,7 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
         "loads_128": sum("dwordx4" in o for o in loads),
         "stores": len(stores),
         "stores_128": sum("dwordx4" in o for o in stores),
+        "fused_machine": len(re.findall(r"\bv_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32|64)\b", text)),
     }
 
 
@@ -168,7 +170,8 @@ def survey() -> dict[str, dict[str, dict[str, Any]]]:
                 launch.run()
             for kernel, compiled, grid in seen:
                 assert len(grid) == 1, launch.name  # the other two dimensions end at 65,535
-                wide = launch.wide and kernel != "_finish_kernel"  # that one writes two numbers
+                # Narrow: what writes two numbers, and one program for the rest of a vector.
+                wide = launch.wide and kernel != "_finish_kernel" and grid != (1,)
                 name = f"{launch.name}: {kernel.strip('_')}"
                 while architecture in facts.get(name, {}):
                     name += " again"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 IMAGE = (2, 3, 32, 32)
+HUGE = (1, (1 << 31) + 16)
+PARAMETERS, TENSORS = 35_746_307, 328  # odd: the length of a delta is divisible by nothing
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
@@ -45,6 +47,7 @@ def launches() -> Iterator[Launch]:
     yield from _noise()
     yield from _training()
     yield from _sampling()
+    yield from _beyond_32_bits()
     yield from _optimiser()
     yield from _norms()
     yield from _masks()
@@ -64,7 +67,7 @@ def _noise() -> Iterator[Launch]:
     yield Launch("normal/bf16", normal(IMAGE, BF16))
     yield Launch("normal/ragged", normal((2, 1, 31, 33), F32), wide=False)
     yield Launch("normal/one element", normal((2, 1), F32), wide=False)
-    yield Launch("normal/beyond 2^31", normal((1, (1 << 31) + 16), BF16))  # never touched
+    yield Launch("normal/beyond 2^31", normal(HUGE, BF16))  # never touched
 
 
 def _training() -> Iterator[Launch]:
@@ -87,6 +90,7 @@ def _training() -> Iterator[Launch]:
     images = _empty(IMAGE, U8)
     for objective, dtype, layout, gamma, keep in (
         ("eps", F32, NCHW, None, True), ("eps", BF16, NCHW, None, True),
+        ("eps", BF16, NCHW, 5.0, True), ("v", BF16, NCHW, None, True),
         ("x0", BF16, NCHW, 5.0, True), ("v", BF16, NCHW, 5.0, True),
         ("v", BF16, NHWC, 5.0, True), ("eps", BF16, NCHW, 5.0, False),
         ("eps", F16, NCHW, None, True),
@@ -107,35 +111,63 @@ def _sampling() -> Iterator[Launch]:
 
     stream, (t, table) = _stream(2), _schedule(2)
     full, half = _empty(IMAGE, F32), _empty(IMAGE, BF16)
-    for name, objective, eta, x_t, pred in (
-        ("ddpm eps", "eps", None, full, half),
-        ("ddim v", "v", 0.5, full, half),
-        ("ddim, eta 0", "eps", 0.0, full, half),
-        ("ddpm eps fp16", "eps", None, half.half(), half.half()),
+    for name, objective, eta, clip, x_t, pred in (
+        ("ddpm eps", "eps", None, 1.0, full, half),
+        ("ddpm x0, no clip", "x0", None, None, full, half),
+        ("ddim v", "v", 0.5, 1.0, full, half),
+        ("ddim x0", "x0", 0.5, 1.0, full, half),
+        ("ddim, eta 0", "eps", 0.0, 1.0, full, half),
+        ("ddpm eps fp16", "eps", None, 1.0, half.half(), half.half()),
     ):
         yield Launch(
             f"sampler_step/{name}",
-            lambda o=objective, e=eta, x_t=x_t, pred=pred: _launch_sampler_step(
-                x_t, pred, t, t, table, stream, o, e, 1.0, torch.empty_like(x_t)
+            lambda o=objective, e=eta, c=clip, x_t=x_t, pred=pred: _launch_sampler_step(
+                x_t, pred, t, t, table, stream, o, e, c, torch.empty_like(x_t)
             ),
         )
+
+
+def _beyond_32_bits() -> Iterator[Launch]:
+    """Samples of more elements than an int32 counts, in memory that is never touched."""
+    from kernels.ddpm_loss import _ddpm_loss_cuda
+    from kernels.q_sample import _q_sample_cuda
+    from kernels.sampler_step import _sampler_step_cuda
+
+    stream, (t, table) = _stream(1), _schedule(1)
+    images, pred = _empty(HUGE, U8), _empty(HUGE, BF16)
+    yield Launch("q_sample/beyond 2^31", lambda: _q_sample_cuda(images, t, table, *stream, BF16))
+    yield Launch(
+        "ddpm_loss/beyond 2^31",
+        lambda: _ddpm_loss_cuda(pred, images, t, table, *stream, "v", 5.0, True),
+    )
+    yield Launch(
+        "sampler_step/beyond 2^31",
+        lambda: _sampler_step_cuda(pred, pred, t, t, table, *stream, "eps", None, 1.0),
+    )
 
 
 def _optimiser() -> Iterator[Launch]:
     from kernels.adamw_ema import _launch_adamw_ema
 
-    def step(grad: torch.dtype, terms: bool) -> Callable[[], object]:
-        flat = [torch.empty(1 << 20) for _ in range(6)]
-        numbers = torch.empty(()), torch.ones((), dtype=torch.int64), torch.empty(())
-        more = flat[4:] if terms else (None, None)
-        mu = 0.1 if terms else 0.0
+    def step(
+        grad: torch.dtype, average: bool = True, proximal: bool = False, control: bool = False
+    ) -> Callable[[], object]:
+        def buffer(given: bool = True, dtype: torch.dtype = F32) -> Tensor | None:
+            return torch.empty(PARAMETERS, dtype=dtype) if given else None
+
+        lr, number = torch.empty(()), torch.ones((), dtype=torch.int64)
         return lambda: _launch_adamw_ema(
-            flat[0], torch.empty(1 << 20, dtype=grad), *flat[1:4], *more, *numbers,
-            0.9, 0.999, 1e-8, 0.0, mu,
+            buffer(), buffer(dtype=grad), buffer(), buffer(), buffer(average), buffer(proximal),
+            buffer(control), lr, number, torch.empty(()) if average else None,
+            0.9, 0.999, 1e-8, 0.0, 0.1 if proximal else 0.0,
         )  # fmt: skip
 
-    yield Launch("adamw_ema/all terms", step(BF16, terms=True))
-    yield Launch("adamw_ema/average only", step(F32, terms=False))
+    yield Launch("adamw_ema/all terms", step(BF16, proximal=True, control=True))
+    yield Launch("adamw_ema/all terms fp16", step(F16, proximal=True, control=True))
+    yield Launch("adamw_ema/average only", step(F32))
+    yield Launch("adamw_ema/no average", step(F32, average=False))
+    yield Launch("adamw_ema/average and proximal", step(F32, proximal=True))
+    yield Launch("adamw_ema/average and control", step(F32, control=True))
 
 
 def _norms() -> Iterator[Launch]:
@@ -172,29 +204,29 @@ def _norms() -> Iterator[Launch]:
 
 
 def _masks() -> Iterator[Launch]:
-    from kernels.mask_add import _launch_mask_add
+    from kernels.mask_add import _launch_mask_add, _launch_masks
     from kernels.quantiser import RING_DTYPES, Quantiser
 
-    n, keys = 1 << 14, torch.empty((5, 8), dtype=torch.int32)
-    signs = torch.ones(5, dtype=torch.int64)
+    n, keys = PARAMETERS, torch.empty((5, 8), dtype=torch.int32)
+    signs, sizes = torch.ones(5, dtype=torch.int64), [n // TENSORS] * TENSORS
+    sizes[-1] += n % TENSORS
     for ring, dtype in RING_DTYPES.items():
         made = Quantiser.of(
-            ring=ring, sizes=[64] * 200, clips=[1.0] * 200, count=1, total_count=4, scale=100
+            ring=ring, sizes=sizes, clips=[1.0] * TENSORS, count=1, total_count=4, scale=100
         )
-        real = torch.empty(3, n)
+        real = [torch.empty(n) for _ in range(3)]  # each where its memory begins
         given = (*real, made.ends, made.up, made.down, made.bounds, made.point, keys[0])
         words = torch.empty(n, dtype=dtype)
         yield Launch(
             f"mask_add/quantise and mask {ring}",
-            lambda words=words, given=given: _launch_mask_add(words, keys, signs, rounding=given),
+            lambda words=words, given=given: _launch_mask_add(words, keys, signs, given),
         )
+        yield Launch(f"mask_add/mask {ring}", lambda words=words: _launch_masks(words, keys, signs))
         yield Launch(
-            f"mask_add/mask {ring}", lambda words=words: _launch_mask_add(words, keys, signs)
+            f"mask_add/mask {ring}, a tail",
+            lambda words=words: _launch_masks(words[:1000].clone(), keys, signs, first=n),
+            wide=False,
         )
-    tail = torch.empty(1000, dtype=torch.int16)
-    yield Launch(
-        "mask_add/a tail", lambda: _launch_mask_add(tail, keys[:1], signs[:1], first=33), wide=False
-    )
 
 
 def _short(of: torch.dtype | torch.memory_format) -> str:

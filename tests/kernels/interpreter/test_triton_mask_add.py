@@ -11,6 +11,7 @@ from kernels.mask_add import (
     Quantiser,
     _as_words,
     _launch_mask_add,
+    _launch_masks,
     add_masks_reference_,
     mask_add_reference,
 )
@@ -67,10 +68,12 @@ def _keys(n):
 def test_masks_from_any_element_on(ring, n_keys):
     keys, signs = _keys(n_keys)
     per_program = 128 * 512 // ring
-    for first, size in ((0, per_program + 1), (511, 200), (2**34 + 7, 1), (0, 0)):
+    lengths = (0, 1, 3, 31, 63, 64, 65, 127, per_program - 1, per_program, per_program + 1)
+    given = [(0, size) for size in lengths] + [(128, 195), (511, 200), (2**34 + 7, 1), (7, 0)]
+    for first, size in given:
         words = torch.randint(-100, 100, (size,)).to(RING_DTYPES[ring])
         want = words.clone()
-        _launch_mask_add(words, keys, signs, first)
+        _launch_masks(words, keys, signs, first)
         add_masks_reference_(want, keys, signs, first)
         assert torch.equal(words, want)
 
@@ -85,7 +88,7 @@ def test_signs_may_be_expanded():
     keys, _ = _keys(2)
     words, signs = torch.arange(-50, 50, dtype=torch.int16), torch.tensor(-1).expand(2)
     want = words.clone()
-    _launch_mask_add(words, keys, signs)
+    _launch_masks(words, keys, signs)
     add_masks_reference_(want, keys, signs, 0)
     assert torch.equal(words, want)
 
@@ -102,7 +105,7 @@ def test_what_is_given_may_be_strided(ring):
     carried, rest = torch.empty(2, sum(sizes))
     strided = tuple(map(_strided, constants))
     given = (delta, residual, carried, *strided)
-    _launch_mask_add(words, keys.T.contiguous().T, signs, rounding=given)
+    _launch_mask_add(words, keys.T.contiguous().T, signs, given)
     mask_add_reference(want, delta, residual, rest, *constants, keys, signs)
     assert torch.equal(words, want)
     assert torch.equal(carried, rest)
@@ -114,7 +117,19 @@ def test_the_bytes_of_a_key_may_lie_anywhere():
         assert torch.equal(_as_words(many[start:][:32]), _as_words(many[start:][:32].clone()))
 
 
-@pytest.mark.parametrize("sizes", [(1,), (3, 1, 100, 4200)])
+SIZES = [
+    (1,),
+    (3, 1, 100, 4200),
+    (63,),  # what is beyond whole blocks is launched apart: nothing, all or some of it
+    (64,),
+    (65,),
+    (2048, 2048, 64),  # tensors that end where programs do
+    (2047, 2, 2046, 3, 7),
+    (1,) * 130,  # more tensors than elements are left at the end
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{len(sizes)} of {sum(sizes)}")
 @pytest.mark.parametrize("ring", [8, 16, 32])
 def test_quantised_and_masked(ring, sizes):
     n = sum(sizes)
@@ -135,7 +150,7 @@ def test_quantised_and_masked(ring, sizes):
         carried = torch.full((n,), 77.0)
         given = (delta, residual, carried, q.ends, q.up, q.down, q.bounds, q.point, rounding_key)
         if kernel:
-            counts = _launch_mask_add(words, keys, signs, rounding=given)
+            counts = _launch_mask_add(words, keys, signs, given)
         else:
             counts = mask_add_reference(words, *given, keys, signs)
         results.append((words, carried.view(torch.int32), counts))
