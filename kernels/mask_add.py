@@ -34,7 +34,7 @@ _LANES = 128  # blocks of masks to a program: one a thread
 # Blocks of dither to a program: few, since elements take registers, and so many that a thread still
 # stores 128 bits where there are 64 to a warp.
 _QUANTISED = {8: 128, 16: 64, 32: 64}
-_WITHIN = 32  # blocks of masks to a program where words start within a block
+_NARROW = 32  # blocks to a program where no access is wide: they take more registers
 _REST = 64  # elements that one program takes at the end: whole blocks in every ring
 _CHUNK = 1 << 20  # elements at a time on the CPU
 
@@ -200,12 +200,16 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
 
 def _parts(n: int, per_block: int, lanes: int) -> list[tuple[int, int, int, int]]:
     """[0, n) as (begin, end, blocks to a program, warps). Triton proves that accesses are wide only
-    where 16 divides the size, and narrow ones need more registers than there are: what is beyond
-    whole blocks is a launch of its own.
+    where 16 divides the size: what is beyond whole blocks is a launch of its own.
     """
     whole = n - n % _REST
     parts = [(0, whole, lanes, 4), (whole, n, _REST // per_block, 1)]
     return [part for part in parts if part[0] < part[1]]
+
+
+def _aligned(*vectors: Tensor) -> bool:
+    """Whether all begin on 128 bits, as what torch allocates does and a view may not."""
+    return not any(vector.data_ptr() % 16 for vector in vectors)
 
 
 def _launch_masks(words: Tensor, keys: Tensor, signs: Tensor, first: int = 0) -> None:
@@ -215,7 +219,8 @@ def _launch_masks(words: Tensor, keys: Tensor, signs: Tensor, first: int = 0) ->
     block, skip = divmod(first, per_block)
     # The kernel reads one element after the other, whatever the strides.
     keys, signs = keys.contiguous(), signs.contiguous()
-    parts = [(-skip, n, _WITHIN, 4)] if skip and n else _parts(n, per_block, _LANES)
+    most = _LANES if _aligned(words) else _NARROW
+    parts = [(-skip, n, _NARROW, 4)] if skip and n else _parts(n, per_block, most)
     for begin, end, lanes, warps in parts:
         with on_device_of(words):
             _mask_kernel[(triton.cdiv(end - begin, lanes * per_block),)](
@@ -231,8 +236,9 @@ def _launch_mask_add(
     point, rounding key). Returns the numbers of clipped and of not finite elements.
     """
     n, ring = words.numel(), _RINGS[words.dtype]
-    per_block, most = 16 if ring == 32 else 32, _QUANTISED[ring]
+    per_block = 16 if ring == 32 else 32
     vectors, constants = rounding[:3], [value.contiguous() for value in rounding[3:]]
+    most = _QUANTISED[ring] if _aligned(words, *vectors) else _NARROW
     n_tensors = constants[0].numel()
     programs = triton.cdiv(n, most * per_block) + 1
     partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)

@@ -227,6 +227,13 @@ def _masks() -> Iterator[Launch]:
             lambda words=words: _launch_masks(words[:1000].clone(), keys, signs, first=n),
             wide=False,
         )
+        real = [torch.empty(n + 1)[1:] for _ in range(3)]
+        given, words = (*real, *given[3:]), torch.empty(n + 1, dtype=dtype)[1:]
+        yield Launch(
+            f"mask_add/quantise and mask {ring}, not aligned",
+            lambda words=words, given=given: _launch_mask_add(words, keys, signs, given),
+            wide=False,
+        )
 
 
 def _short(of: torch.dtype | torch.memory_format) -> str:

@@ -111,6 +111,19 @@ def test_what_is_given_may_be_strided(ring):
     assert torch.equal(carried, rest)
 
 
+@pytest.mark.parametrize("ring", [8, 16, 32])
+def test_vectors_may_begin_anywhere_in_memory(ring):
+    (keys, signs), n = _keys(2), 2200
+    q = Quantiser.of(ring=ring, sizes=[n], clips=[0.5], count=37, total_count=101, scale=100)
+    delta, residual, carried, rest = torch.randn(4, n + 1)[:, 1:]
+    words, want = torch.empty(2, n + 1, dtype=RING_DTYPES[ring])[:, 1:]
+    constants = (q.ends, q.up, q.down, q.bounds, q.point, keys[0])
+    _launch_mask_add(words, keys, signs, (delta, residual, carried, *constants))
+    mask_add_reference(want, delta, residual, rest, *constants, keys, signs)
+    assert torch.equal(words, want)
+    assert torch.equal(carried, rest)
+
+
 def test_the_bytes_of_a_key_may_lie_anywhere():
     many = torch.randint(0, 256, (70,), dtype=torch.uint8)
     for start in (0, 1, 4, 7):
