@@ -6,8 +6,8 @@
 
 u is made of the ChaCha20 stream of the rounding key, XORed with the silo's point
 (`Quantiser.of`): 16 bits an element and float32 arithmetic for b = 8 and 16, 32 bits and float64
-for b = 32. Element e is masked with bytes e b/8 ... (e + 1) b/8 -
-1 of each keystream, little-endian (docs/secure-sum.md, *Masks*).
+for b = 32. Element e is masked with bytes e b/8 to (e + 1) b/8 - 1 of each keystream, little-endian
+(docs/secure-sum.md, *Masks*).
 
 On a GPU one launch quantises and one masks: a kernel that did both took all registers of a thread
 and spilled in some configurations, and the words between the two are little beside N keystreams.
@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._arguments import check_device, check_dtype, check_same_shape, on_device_of
-from kernels.chacha20 import BLOCK_BYTES, MAX_BLOCKS, keystream_block, keystream_reference
+from kernels._mask_add_cpu import add_masks_reference_, mask_add_reference
+from kernels.chacha20 import BLOCK_BYTES, MAX_BLOCKS, keystream_block
 from kernels.quantiser import RING_DTYPES, Quantiser
 
 _RINGS = {dtype: ring for ring, dtype in RING_DTYPES.items()}
@@ -36,7 +37,6 @@ _LANES = 128  # blocks of masks to a program: one a thread
 _QUANTISED = {8: 128, 16: 64, 32: 64}
 _NARROW = 32  # blocks to a program where no access is wide: they take more registers
 _REST = 64  # elements that one program takes at the end: whole blocks in every ring
-_CHUNK = 1 << 20  # elements at a time on the CPU
 
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -252,72 +252,6 @@ def _launch_mask_add(
             )  # fmt: skip
     _launch_masks(words, keys, signs)
     return partial.sum(0)
-
-
-# --- torch ----------------------------------------------------------------------------------------
-
-
-def _stream_elements(key: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Elements `first` ... `first` + `count` - 1 of a keystream cut into elements of `dtype`."""
-    per_block = BLOCK_BYTES // dtype.itemsize
-    block, skip = divmod(first, per_block)
-    words = keystream_reference(key, block, -(-(skip + count) // per_block))
-    return words.view(dtype)[skip : skip + count]
-
-
-def _check_signs(signs: Tensor) -> None:
-    """On the CPU only, where looking costs nothing; it would stall a GPU's queue."""
-    wrong = sorted(set(signs.tolist()) - {1, -1})
-    if wrong:
-        raise ValueError(f"masks: signs holds {wrong[:8]}; a mask is added (+1) or subtracted (-1)")
-
-
-def add_masks_reference_(words: Tensor, keys: Tensor, signs: Tensor, first: int) -> None:
-    _check_signs(signs)
-    for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK]
-        for key, sign in zip(keys, signs.tolist(), strict=True):
-            masks = _stream_elements(key, first + start, part.numel(), words.dtype)
-            part.add_(-masks if sign < 0 else masks)
-
-
-def _round_reference(
-    wanted: Tensor, up: Tensor, down: Tensor, bounds: Tensor, bits: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, rest, clipped, finite); all in the dtype of `up`, `bits` are the unsigned dither."""
-    u = bits.to(up.dtype).mul_(2.0**-32 if up.dtype == torch.float64 else 2.0**-16)
-    wanted = wanted.to(up.dtype)
-    finite = wanted.isfinite()
-    q = wanted * up
-    over = q.abs() > bounds[1]
-    q = q.where(finite, q.new_zeros(())).clamp_(-bounds[0], bounds[0]).add_(u).floor_()
-    return q, wanted.sub_(q * down), over, finite
-
-
-def mask_add_reference(
-    words: Tensor, delta: Tensor, residual: Tensor, carried: Tensor, ends: Tensor, up: Tensor,
-    down: Tensor, bounds: Tensor, point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
-) -> Tensor:  # fmt: skip
-    """Fill `words` and `carried`; the numbers of clipped and of not finite elements."""
-    _check_signs(signs)  # before anything is written
-    counts = torch.zeros(2, dtype=torch.int64, device=words.device)
-    wide = words.dtype == torch.int32
-    for start in range(0, words.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        size = words[part].numel()
-        dither = torch.int32 if wide else torch.int16
-        bits = _stream_elements(rounding_key, start, size, dither)
-        bits = (bits ^ point.view(dither)[:1]).to(torch.int64)
-        bits &= 0xFFFFFFFF if wide else 0xFFFF
-        at = torch.arange(start, start + size, device=words.device)
-        tensor = torch.bucketize(at, ends, right=True)
-        wanted = delta[part] + residual[part]
-        q, rest, over, finite = _round_reference(wanted, up[tensor], down[tensor], bounds, bits)
-        words[part] = q.to(torch.int32).to(words.dtype)
-        carried[part] = rest
-        counts += torch.stack([over.sum(), (~finite).sum()])
-    add_masks_reference_(words, keys, signs, 0)
-    return counts
 
 
 # --- the ops --------------------------------------------------------------------------------------
