@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.fedddpm_tables import (
     METRICS,
     PAPER,
+    PLUS,
     Runs,
     auxiliary_sets,
     evaluations,
@@ -22,7 +23,8 @@ SHOWN = (*_USUAL, *dict.fromkeys(PAPER.values()), *PAPER, *_CONTROLS)
 
 def draw_rounds(runs: Runs, path: Path) -> None:
     """What `METRICS` names, by the share of a run's rounds that are done: the mean over the seeds,
-    and their range as a band. Controls are dashed; dotted: the auxiliary set itself."""
+    and their range as a band. The default is black, controls are dashed; dotted: the auxiliary set
+    itself."""
     from matplotlib import colormaps
 
     figure, axes = _figure(len(METRICS), (11.0, 9.0), rows=2)
@@ -34,12 +36,15 @@ def draw_rounds(runs: Runs, path: Path) -> None:
             done = [column[0]["round"] / curves[0][-1]["round"] for column in columns]
             values = [[event[key] * scale for event in column] for column in columns]
             style = "--" if name in _CONTROLS else "-"
-            (line,) = plot.plot(done, [mean(v) for v in values], f"o{style}", ms=3, label=name)
+            ours = {"color": "black", "lw": 2.5, "zorder": 3} if name == PLUS else {}
+            (line,) = plot.plot(
+                done, [mean(v) for v in values], f"o{style}", ms=3, label=name, **ours
+            )
             low, high = [min(v) for v in values], [max(v) for v in values]
             plot.fill_between(done, low, high, alpha=0.1, color=line.get_color())
         if sets := max((auxiliary_sets(some) for some in runs.values()), key=len):
             level = mean(event[key] * scale for event in sets)
-            plot.axhline(level, color="black", ls=":", label="the auxiliary set")
+            plot.axhline(level, color="grey", ls=":", label="the auxiliary set")
         plot.set(xlabel="share of the rounds", ylabel=title, xlim=(0, 1.02))
         if key in ("fid", "kid"):
             _logarithmic(plot)
