@@ -57,10 +57,10 @@ def _finals(runs: list[Json]) -> list[Json]:
 
 def table(runs: Runs) -> str:
     """What `METRICS` names of every run, in the end: mean ± standard deviation over the seeds;
-    beside it that of as many real images that no silo has, and that of the auxiliary set itself, in
-    a row where all runs have the same, else in a column (its images and its FID). What `SOMETIMES`
-    names has a column where a run has it. Below it the feature network, which has to be the same of
-    all."""
+    beside it that of up to as many real images that no silo has, and of the auxiliary set itself,
+    in a row where all runs have the same, else in a column (its images and its FID). What
+    `SOMETIMES` names has a column where a run has it. Below it the feature network, which has to be
+    the same of all."""
     ends = [event for some in runs.values() for event in _finals(some)]
     metrics = (*METRICS, *(m for m in SOMETIMES if any(m[0] in event for event in ends)))
     titles = " | ".join(title for _, title, _, _ in metrics)

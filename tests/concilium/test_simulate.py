@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from click.testing import CliRunner
 
 from concilium.commands.simulate import command
 from concilium.datasets import digits
-from concilium.partition import Partition
-from concilium.simulate.measure import Ruler, Vector
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
 from concilium.simulate.spec import Point, load_sweep
@@ -277,47 +274,6 @@ def test_a_conditional_study_corrects_with_labels_and_tells_a_classifier_s_accur
     assert ends["central-3"] > max(0.15, ends["plus-3"]), "which has learned something"
     (bar,) = {events[-1]["accuracy_of_real"] for events in lines.values()}
     assert bar > max(0.8, *ends.values()), "trained on the 300 images themselves"
-
-
-def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> None:
-    lines = events(study(tmp_path, {"fedavg": ""}), tmp_path / "memo")
-    (unseen,) = (line for line in lines if line["event"] == "unseen")
-    last = lines[-1]
-    assert unseen["images"] == last["samples"]
-    assert unseen["fid"] < last["fid"]
-    assert unseen["coverage"] > last["coverage"]
-    point = next(load_sweep(study(tmp_path, {"fedavg": ""})).points())
-    whole = digits()
-    silos = federate(point, whole)
-    assert silos.unseen is not None
-    together = np.concatenate([*silos.images, silos.unseen.images])
-    sorted_images = [sorted(image.tobytes() for image in part) for part in (together, whole.images)]
-    assert sorted_images[0] == sorted_images[1], "each image once"
-    everything = replace(point, simulation=point.simulation.model_copy(update={"images": None}))
-    rest = federate(everything, whole).unseen
-    assert rest is not None
-    assert len(rest.images) == 297, "what the publisher set apart"
-    for other in (Partition(noise=4.0), Partition(quantity=0.5)):
-        skewed = point.simulation.model_copy(update={"partition": other})
-        assert federate(replace(point, simulation=skewed), whole).unseen is None
-
-
-def test_of_one_model_per_silo_samples_are_as_many_as_its_share_of_the_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    described = Ruler._described
-
-    def noted(self: Ruler, model: Vector, n: int, first: int) -> Any:
-        asked.append(n)
-        return described(self, model, n, first)
-
-    monkeypatch.setattr(Ruler, "_described", noted)
-    path = study(tmp_path, {"local": 'training = "local"'})
-    silos = federate(next(load_sweep(path).points()), digits())
-    last = events(path, tmp_path / "memo", silos)[-1]
-    assert len(set(silos.counts)) > 1
-    assert asked[-4:] == [share(last["samples"], n, silos.total) for n in silos.counts]
 
 
 def test_control_variates_and_a_correction_go_together(tmp_path: Path) -> None:

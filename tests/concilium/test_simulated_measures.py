@@ -1,0 +1,59 @@
+"""What a simulation measures beside its models, and with how many samples of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from concilium.datasets import digits
+from concilium.partition import Partition
+from concilium.simulate.measure import Ruler, Vector
+from concilium.simulate.silos import federate
+from concilium.simulate.spec import load_sweep
+from study.reservation import share
+from tests.concilium.test_simulate import events, study
+
+
+def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> None:
+    lines = events(study(tmp_path, {"fedavg": ""}), tmp_path / "memo")
+    (unseen,) = (line for line in lines if line["event"] == "unseen")
+    last = lines[-1]
+    assert unseen["images"] == last["samples"]
+    assert unseen["fid"] < last["fid"]
+    assert unseen["coverage"] > last["coverage"]
+    point = next(load_sweep(study(tmp_path, {"fedavg": ""})).points())
+    whole = digits()
+    silos = federate(point, whole)
+    assert silos.unseen is not None
+    together = np.concatenate([*silos.images, silos.unseen.images])
+    sorted_images = [sorted(image.tobytes() for image in part) for part in (together, whole.images)]
+    assert sorted_images[0] == sorted_images[1], "each image once"
+    everything = replace(point, simulation=point.simulation.model_copy(update={"images": None}))
+    rest = federate(everything, whole).unseen
+    assert rest is not None
+    assert len(rest.images) == 297, "what the publisher set apart"
+    for other in (Partition(noise=4.0), Partition(quantity=0.5)):
+        skewed = point.simulation.model_copy(update={"partition": other})
+        assert federate(replace(point, simulation=skewed), whole).unseen is None
+
+
+def test_of_one_model_per_silo_samples_are_as_many_as_its_share_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    described = Ruler._described
+
+    def noted(self: Ruler, model: Vector, n: int, first: int) -> Any:
+        asked.append(n)
+        return described(self, model, n, first)
+
+    monkeypatch.setattr(Ruler, "_described", noted)
+    path = study(tmp_path, {"local": 'training = "local"'})
+    silos = federate(next(load_sweep(path).points()), digits())
+    last = events(path, tmp_path / "memo", silos)[-1]
+    assert len(set(silos.counts)) > 1
+    assert asked[-4:] == [share(last["samples"], n, silos.total) for n in silos.counts]
