@@ -40,5 +40,13 @@ def test_a_session_without_a_gpu_measures_nothing_and_says_so(tmp_path):
     assert all(target["value"] is None for target in written["targets"])
 
 
+def test_the_clock_around_the_norms_sees_both_of_their_passes(tmp_path):
+    _run("benchmarks.norm_share", "--steps", "1", "--json", str(tmp_path / "share.json"))
+    rows = json.loads((tmp_path / "share.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["step", "forward", "backward"]
+    assert 0 < rows[1]["of_step"] + rows[2]["of_step"] < 1
+    assert all(row["of_step"] > 0 for row in rows)
+
+
 def test_the_page_of_results_is_made_from_them():
     assert PAGE.read_text("utf-8") == page(), "renew it with `python -m benchmarks.page`"
