@@ -26,7 +26,7 @@ OPS = {"forward": "_group_norm_silu", "backward": "_group_norm_silu_backward"}
 
 def measure(report: Report, steps: int, warmup: int = 3) -> None:
     """Rows of the step and of its two parts, medians over the steps, and the backward's share."""
-    step, about = our_step("cpu")
+    step, _ = our_step("cpu")
     spent = dict.fromkeys(OPS, 0.0)
     module = importlib.import_module("kernels.group_norm_silu")
 
@@ -54,7 +54,6 @@ def measure(report: Report, steps: int, warmup: int = 3) -> None:
     for part, seconds in taken.items():
         median = float(np.median(seconds))
         report.row(what=part, cpu_p50_ms=round(1e3 * median, 1), of_step=round(median / whole, 3))
-    report.rows[0]["how"] = about["how"]
     backward = float(np.median(taken["backward"])) / whole
     report.target("norm_backward_of_step", round(backward, 3), "", at_most=0.333)
 
