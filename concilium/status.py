@@ -180,7 +180,7 @@ def _figures(study: StudyStatus) -> Iterator[str]:
     if study.fid is not None:
         yield f"FID {study.fid:.4g}"
     if study.corrections:
-        yield f"{study.corrections} corrections"
+        yield f"corrections {study.corrections}"
 
 
 def _silos(study: StudyStatus, at: float) -> Table:

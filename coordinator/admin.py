@@ -82,6 +82,7 @@ class StudyStatus:
     """Those in the last round's sum."""
     loss: float | None
     fid: float | None
+    """Of the latest of the rounds that are done and were evaluated."""
     corrections: int
     silos: tuple[SiloStatus, ...]
     folder: Path
@@ -302,7 +303,7 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
     done = results.count(c, row.id, "tidy")
     last = results.result(c, row.id, f"round {done:05} model") or {}
     summed = results.result(c, row.id, f"round {done:05} sum") or {}
-    evaluated = results.last(c, row.id, "evaluation") or {}
+    evaluated = results.last(c, row.id, "evaluation", until=done) or {}
     return StudyStatus(
         id=row.id,
         title=plan.study.title,
@@ -324,7 +325,7 @@ def _study(c: Connection, place: Home, row: StudyRow, known: dict[str, Site]) ->
         survivors=tuple(summed.get("silos", ())),
         loss=last.get("loss"),
         fid=evaluated.get("fid"),
-        corrections=results.count(c, row.id, "corrected"),
+        corrections=results.count(c, row.id, "corrected", until=done),
         silos=_silos(c, row.id, roster, known, awaited),
         folder=place.study(row.id),
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from coordinator.schema import artifacts
 from coordinator.schema import results as table
@@ -49,18 +49,22 @@ def of_rounds(c: Connection, name: str, first: int, last: int) -> dict[str, Any]
     return {row.key: json.loads(row.value) for row in c.execute(query)}
 
 
-def count(c: Connection, name: str, kind: str) -> int:
-    """How many rounds have a result of this kind: `model`, `tidy`, `corrected`, …"""
-    where = (table.c.study == name) & table.c.key.like(f"round % {kind}")
+def count(c: Connection, name: str, kind: str, until: int = 99_999) -> int:
+    """How many rounds, up to round `until`, have a result of this kind: `model`, `tidy`, …"""
+    where = (table.c.study == name) & _up_to(until) & table.c.key.like(f"round % {kind}")
     return int(c.execute(select(func.count()).select_from(table).where(where)).scalar_one())
 
 
-def last(c: Connection, name: str, kind: str) -> Any:
-    """The result of this kind of the latest round that has one, or None."""
-    where = (table.c.study == name) & table.c.key.like(f"round % {kind}")
+def last(c: Connection, name: str, kind: str, until: int) -> Any:
+    """The result of this kind of the latest round that has one, up to round `until`, or None."""
+    where = (table.c.study == name) & _up_to(until) & table.c.key.like(f"round % {kind}")
     query = select(table.c.value).where(where).order_by(table.c.key.desc())
     row = c.execute(query.limit(1)).first()
     return None if row is None else json.loads(row.value)
+
+
+def _up_to(until: int) -> ColumnElement[bool]:
+    return table.c.key < f"round {until:05} ~"
 
 
 def record_artifact(

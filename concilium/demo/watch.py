@@ -56,7 +56,7 @@ def _lines(study: StudyStatus) -> Iterator[str]:
 def _figures(study: StudyStatus) -> str:
     figures = [("loss", study.loss, ".4f"), ("FID", study.fid, ".2f")]
     text = "".join(f", {name} {value:{form}}" for name, value, form in figures if value is not None)
-    return f"{text}, {study.corrections} corrections" if study.corrections else text
+    return f"{text}, corrections {study.corrections}" if study.corrections else text
 
 
 def _page(study: StudyStatus, seconds: float) -> Group:

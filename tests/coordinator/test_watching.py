@@ -14,9 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from concilium.demo.federation import free_port
+from concilium.demo.watch import watching
 from concilium.status import coordinator_page, coordinator_values
-from coordinator import admin
+from coordinator import admin, results
+from coordinator.config import Home
 from coordinator.server import ServerError, health_of
+from coordinator.store import Store
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from tests.coordinator.federation import Federation
@@ -117,3 +120,31 @@ async def test_the_status_page_fits_its_terminal_and_names_who_is_awaited(
         values = json.loads(json.dumps(coordinator_values(now)))
         assert values["studies"][0]["awaited"] == ["site-2", "site-3"]
         assert values["studies"][0]["silos"][0]["answer"] == "accepted"
+
+
+async def test_the_figures_shown_are_those_of_the_round_they_stand_beside(tmp_path: Path) -> None:
+    """While a round is under way its evaluation and its correction are there before it is done."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    async with Federation(tmp_path) as federation:
+        await federation.join("site-1", "site-2", "site-3")
+        study = admin.start_study(federation.home, federation.plan(rounds=2))
+        store = Store(Home(federation.home).database(Home(federation.home).config()))
+        with watching(console) as show:
+            for key, value in (
+                ("round 00001 sum", {"silos": ["site-1", "site-2"], "seconds": 1.0}),
+                ("round 00001 model", {"loss": 0.5, "seconds": 1.0}),
+                ("round 00001 evaluation", {"fid": 0.25, "seconds": 1.0}),
+                ("round 00001 tidy", {"seconds": 0.0}),
+                ("round 00002 corrected", {"seconds": 1.0}),
+                ("round 00002 evaluation", {"fid": 0.125, "seconds": 1.0}),
+                ("round 00002 tidy", {"seconds": 0.0}),
+            ):
+                store.run(results.put_result, study, key, value)
+                show(federation.study(study))
+        store.close()
+    lines = console.export_text().splitlines()
+    shown = [line.split("done, ")[1] for line in lines if "of 2" in line]
+    assert shown == [
+        "loss 0.5000, FID 0.25; summed: site-1, site-2",
+        "FID 0.12, corrections 1; summed: ",
+    ]
