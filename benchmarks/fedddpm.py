@@ -30,6 +30,7 @@ from benchmarks.fedddpm_tables import (
     UNCORRECTED,
     Json,
     Runs,
+    kinds_table,
     ratios,
     ratios_table,
     rounds_table,
@@ -111,7 +112,10 @@ def report(name: str) -> None:
     folder = RESULTS / name
     # The usual strategies compete with the best constants that were found for them.
     competing = {**runs, **(_runs(SEARCHED[name]) if name in SEARCHED else {})}
-    parts = [table(runs), ratios_table(competing), trigger_table(runs.get(UNCORRECTED, []))]
+    kinds, whole = kinds_table(runs), table(runs)
+    if kinds:
+        whole = f"{kinds}\n<details>\n<summary>all figures</summary>\n\n{whole}\n</details>\n"
+    parts = [whole, ratios_table(competing), trigger_table(runs.get(UNCORRECTED, []))]
     shown = "\n".join(part for part in parts if part)
     (folder / "table.md").write_text(shown, "utf-8")
     (folder / "rounds.md").write_text(rounds_table(runs), "utf-8")

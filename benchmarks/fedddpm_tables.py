@@ -106,6 +106,54 @@ def _cells(measured: list[Json], metrics: tuple[Metric, ...]) -> list[str]:
     ]
 
 
+_RECIPES = (
+    ("plus", "*plus*"),
+    ("and-last", "*and-last*"),
+    ("throughout", "*throughout*"),
+    ("short", "*short*"),
+    ("slow", "*slow*"),
+    ("fedddpm", "FedDDPM"),
+    ("fedavg", "FedAvg"),
+    ("scaffold", "SCAFFOLD"),
+    ("end", "*end*"),
+    ("double", "*double*"),
+    ("auxiliary", "*auxiliary*"),
+    ("auxiliary-3x", "*auxiliary-3x*"),
+    ("central", "*central*"),
+    ("local", "*local*"),
+)
+"""How a run of a study by kind of heterogeneity ends, the default first, and its column's title."""
+
+
+def kinds_table(runs: Runs) -> str:
+    """The final FIDs of a study whose runs are named KIND-RECIPE, a row for each kind of
+    heterogeneity: of the auxiliary set, and of each recipe, in the mean over the seeds. The lowest
+    of those that make one model of all silos is bold; *local* makes as many as there are silos."""
+    by_kind: dict[str, Runs] = defaultdict(dict)
+    for name, some in runs.items():
+        # "auxiliary-3x" ends with no other recipe, so that at most one of them fits.
+        for recipe, _ in _RECIPES:
+            if name.endswith(f"-{recipe}"):
+                by_kind[name.removesuffix(f"-{recipe}")][recipe] = some
+    by_kind = {kind: some for kind, some in by_kind.items() if {"plus", "fedavg"} <= some.keys()}
+    if not by_kind:
+        return ""
+    shown = [(r, title) for r, title in _RECIPES if any(r in some for some in by_kind.values())]
+    titles = " | ".join(title for _, title in shown)
+    lines = [f"| final FID | the set | {titles} |", "|---|--:|" + "--:|" * len(shown)]
+    for kind, some in by_kind.items():
+        fids = {recipe: mean(finals(of_seeds, "fid")) for recipe, of_seeds in some.items()}
+        least = min((fid for recipe, fid in fids.items() if recipe != "local"), default=0.0)
+        sets = [event["fid"] for event in max(map(auxiliary_sets, some.values()), key=len)]
+        cells = [f"{mean(sets):.3f}" if sets else "–"]
+        for recipe, _ in shown:
+            cell = f"{fids[recipe]:.3f}" if recipe in fids else "–"
+            best = recipe in fids and recipe != "local" and fids[recipe] == least
+            cells.append(f"**{cell}**" if best else cell)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def rounds_table(runs: Runs) -> str:
     """What `METRICS` names, by round: a table each, mean ± standard deviation over the seeds.
 

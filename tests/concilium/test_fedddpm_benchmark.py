@@ -78,6 +78,25 @@ def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> Non
     assert "| fedavg | 20 | 0.800 ± 0.000 | 0.400 ± 0.141 |" in by_round
 
 
+def test_by_kind_the_best_that_makes_one_model_of_all_silos_is_bold() -> None:
+    runs = {
+        "one-class-fedavg": [made(1, 0.5), made(2, 0.3)],
+        "one-class-plus": [made(1, 0.2, set_fid=0.04), made(2, 0.1, set_fid=0.06)],
+        "one-class-auxiliary-3x": [made(1, 0.3, set_fid=0.04)],
+        "iid-fedavg": [made(1, 0.1)],
+        "iid-plus": [made(1, 0.2)],
+        "iid-local": [made(1, 0.05)],
+        "fedavg-end": [made(1, 0.01)],
+    }
+    head, _, *rows = tables.kinds_table(runs).splitlines()
+    assert head == "| final FID | the set | *plus* | FedAvg | *auxiliary-3x* | *local* |"
+    assert rows == [
+        "| one-class | 0.050 | **0.150** | 0.400 | 0.300 | – |",
+        "| iid | – | 0.200 | **0.100** | – | 0.050 |",
+    ]
+    assert tables.kinds_table(RUNS) == ""
+
+
 def test_real_images_that_no_silo_has_show_what_a_perfect_model_would_reach() -> None:
     run = made(1, 0.5)
     run["events"].insert(0, {**run["events"][-1], "event": "unseen", "fid": 0.003})
