@@ -1,8 +1,9 @@
 """Proofs, signed by at least t silos, of how a session ended.
 
 A *sum certificate* holds t confirmations of one (T2, U3): the sum over U3 was or will be revealed,
-and no other ever. An *abort certificate* holds t ABORTs: an honest silo that signed ABORT never
-unmasks, so at most N − t + c < t silos could, and nothing was or will be revealed.
+and no other ever. An *abort certificate* holds t ABORTs under the session's roster: an honest silo
+that signed ABORT never unmasks, so at most N − t + c < t silos could, and nothing was or will be
+revealed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cached_property
 
 from secagg.codec import Reader, blob, items, u8
 from secagg.errors import MalformedMessage, Reason, Refused
-from secagg.messages import Confirm, Signed, Step, check_set
+from secagg.messages import Abort, Confirm, Signed, Step, check_set
 from secagg.primitives import HASH_BYTES, digest
 from secagg.roster import MAX_SILOS, Roster
 
@@ -65,17 +66,24 @@ class Certificate:
             raise Refused(Reason.BAD_CERTIFICATE, "the signatures speak of different outcomes")
         if self.is_sum:
             self._check_survivors(roster)
+        elif outcomes != {(roster.digest, ())}:
+            raise Refused(Reason.BAD_CERTIFICATE, "the signatures are of another roster or study")
 
     def _check_survivors(self, roster: Roster) -> None:
-        senders = {message.sender for message in self.messages}
-        if not senders <= set(self.survivors) or not set(self.survivors) <= set(roster.indices):
+        if not set(self.senders) <= set(self.survivors) or not set(self.survivors) <= set(
+            roster.indices
+        ):
             raise Refused(Reason.BAD_CERTIFICATE, "confirmed from outside the survivors")
 
     def _outcome(self, message: Signed) -> tuple[bytes, tuple[int, ...]]:
         if not self.is_sum:
-            return message.body, ()
+            return Abort.decode(message.body).roster, ()
         confirm = Confirm.decode(message.body)
         return confirm.t2, confirm.survivors
+
+    @property
+    def senders(self) -> tuple[int, ...]:
+        return tuple(message.sender for message in self.messages)
 
     @cached_property
     def t2(self) -> bytes:

@@ -290,9 +290,11 @@ class History:
         """The entry for a certificate that was checked against the session's roster, or None if it
         says what we know already or is of a session that we never opened.
 
-        Raises `Refused(BAD_CERTIFICATE)` for a sum other than the one we confirmed, and for a
-        second outcome of one session. Only a lying coordinator comes by these: the first by split
-        views, the second because CONFIRM and ABORT do not exclude each other. A person should look.
+        Raises `Refused(BAD_CERTIFICATE)` for a sum other than the one we confirmed, for a second
+        outcome of one session, and for an ABORT of ours that this ledger does not hold. Only a
+        lying coordinator comes by the first two, by split views and because CONFIRM and ABORT do
+        not exclude each other; the third is a ledger that was set back, or a second one under our
+        key, and what it knows of UNMASK cannot be relied on. A person should look.
         """
         record = self.sessions.get(certificate.context)
         if record is None:
@@ -304,6 +306,9 @@ class History:
             if record.settled.summed != certificate.is_sum:
                 raise Refused(Reason.BAD_CERTIFICATE, "this session ended otherwise")
             return None
+        ours_is_in = not certificate.is_sum and index in certificate.senders
+        if ours_is_in and certificate.context not in self.aborted:
+            raise Refused(Reason.BAD_CERTIFICATE, "an ABORT of ours that our ledger does not hold")
         included = record.masked and index in certificate.survivors
         return Settled(certificate.context, certificate.digest, certificate.is_sum, included)
 

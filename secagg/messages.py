@@ -251,6 +251,28 @@ class Unmask:
 
 
 @dataclass(frozen=True)
+class Abort:
+    """The session is given up under this roster: the sender will never unmask it.
+
+    A silo has one identity key and a ledger for each study. Its signature would mean the same in
+    all of them, but only the ledger of the session's own study knows whether it unmasked: so it
+    says for which roster, which holds the study, and counts for no other.
+    """
+
+    roster: bytes
+
+    def encode(self) -> bytes:
+        return blob(self.roster)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Abort:
+        reader = Reader(body, "abort")
+        message = cls(reader.exactly(HASH_BYTES))
+        reader.finish()
+        return message
+
+
+@dataclass(frozen=True)
 class Complaint:
     """Instead of step 2: `accused` dealt something that its own signed header contradicts."""
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from secagg.certificate import Certificate
 from secagg.coordinator.base import CoordinatorState, Next, in_order
-from secagg.errors import MalformedMessage
+from secagg.errors import Reason, Refused
 from secagg.events import Ended, GiveUp, Received, Settle, SiloEvent
-from secagg.messages import Signed, Step
+from secagg.messages import Abort, Signed, Step
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Aborting(CoordinatorState):
     def on_received(self, event: Received) -> Next:
         if not self.accept(event, Step.ABORT, self.awaited):
             return self, []
-        if event.message.body:
-            raise MalformedMessage("an ABORT has an empty body")
+        if Abort.decode(event.message.body).roster != self.roster.digest:
+            raise Refused(Reason.ROSTER_MISMATCH, f"ABORT of {self.name(event.message.sender)}")
         state = replace(self, aborts={**self.aborts, event.message.sender: event.message})
         if len(state.aborts) < self.roster.threshold:
             return state, []

@@ -25,7 +25,7 @@ from secagg.events import (
     Survivors,
 )
 from secagg.ledger import Aborted, History
-from secagg.messages import Complaint, Signed, Step
+from secagg.messages import Abort, Complaint, Signed, Step
 from secagg.primitives import HASH_BYTES, Entropy, Secret
 from secagg.roster import Roster
 
@@ -112,14 +112,17 @@ class SiloState(ABC):
     def on_give_up(self, event: GiveUp) -> Next:
         """Sign ABORT, also for a session that we never opened: the ledger keeps us to it.
 
-        Safe: the entry is durable before the signature leaves, and `check_unmask` reads it.
+        Safe: the entry is durable before the signature leaves, and `check_unmask` reads it. A
+        session of another study has another ledger, which may say that it was unmasked; so what
+        is signed names our roster, and proves nothing about a session of any other.
         """
         from secagg.silo.ended import Waiting
 
         if len(event.ctx) != HASH_BYTES:  # it would go into the ledger and never be read again
             raise MalformedMessage(f"give up: a context digest of {len(event.ctx)} bytes")
         self.history.check_abort(event.ctx)
-        message = self.party.sign(Step.ABORT, event.ctx, b"")
+        body = Abort(self.party.roster.digest).encode()
+        message = self.party.sign(Step.ABORT, event.ctx, body)
         if event.ctx in self.history.aborted:
             return self, [Send(message)]
         entry = Aborted(event.ctx)

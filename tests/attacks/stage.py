@@ -31,7 +31,7 @@ from secagg.errors import Reason
 from secagg.events import Deadline, Received, Settle, SiloEvent, Unveil
 from secagg.ledger import Entry, decode_entry
 from secagg.masking import DTYPES, apply_masks
-from secagg.messages import Signed, Step
+from secagg.messages import Abort, Signed, Step
 from secagg.primitives import Secret
 from secagg.roster import Member, Roster
 from silo import agent
@@ -255,6 +255,9 @@ class Stage:
     def sign(self, index: int, step: Step, body: bytes, ctx: bytes | None = None) -> Signed:
         """A message of a silo that is in league with the coordinator."""
         return Signed.by(self.federation.identities[index], step, index, ctx or self.ctx, body)
+
+    def abort(self, index: int, ctx: bytes | None = None) -> Signed:
+        return self.sign(index, Step.ABORT, Abort(self.roster.digest).encode(), ctx)
 
     def entries(self) -> list[Entry]:
         """What the agent's ledger holds, read from the file."""

@@ -13,7 +13,7 @@ from secagg.certificate import Certificate
 from secagg.context import Quantity
 from secagg.errors import Reason
 from secagg.events import Confirmations, GiveUp, Open, Settle
-from secagg.messages import Confirm, Signed, Step
+from secagg.messages import Abort, Confirm, Signed, Step
 from study.quantity import CensusWork, RoundWork, TagsWork, Work, decode_work
 from tests.attacks.conftest import Template
 from tests.attacks.stage import OTHERS, STUDY, Stage, sha256
@@ -110,10 +110,14 @@ async def test_a_claimed_failure_needs_t_genuine_aborts(counted: Stage, template
     counted.open(tags)
     await counted.until(coordinator.Confirming)
     ctx = counted.ctx
-    aborts = tuple(counted.sign(i, Step.ABORT, b"") for i in OTHERS)
-    forged = Signed.by(Ed25519PrivateKey.generate(), Step.ABORT, 3, ctx, b"")
-    other = counted.sign(5, Step.ABORT, b"", ctx=bytes(32))
+    aborts = tuple(counted.abort(i) for i in OTHERS)
+    forged = Signed.by(Ed25519PrivateKey.generate(), Step.ABORT, 3, ctx, aborts[1].body)
+    other = counted.abort(5, ctx=bytes(32))
+    elsewhere = Abort(replace(counted.roster, study="second").digest).encode()
+    foreign = counted.sign(5, Step.ABORT, elsewhere)
     false = (
+        Certificate(Step.ABORT, ctx, (*aborts[:3], foreign)),
+        Certificate(Step.ABORT, ctx, tuple(counted.sign(i, Step.ABORT, b"") for i in OTHERS)),
         Certificate(Step.ABORT, ctx, aborts[:3]),
         Certificate(Step.ABORT, ctx, (*aborts[:2], forged, aborts[2])),
         Certificate(Step.ABORT, ctx, (*aborts[:3], other)),
@@ -132,7 +136,7 @@ async def test_a_session_ends_in_one_way_only(counted: Stage, template: Template
     counted.open(work_of(template, "tags"))
     await counted.until(coordinator.Unmasking)
     confirmed = counted.request(Confirmations).messages
-    aborts = tuple(counted.sign(i, Step.ABORT, b"") for i in OTHERS)
+    aborts = tuple(counted.abort(i) for i in OTHERS)
     said = await counted.ask(Settle(Certificate(Step.ABORT, counted.ctx, aborts)))
     assert said.refusals == []
     as_sum = Certificate(Step.CONFIRM, counted.ctx, confirmed)
@@ -164,7 +168,7 @@ async def test_a_certificate_counts_for_its_own_session_only(
     unknown = Certificate(
         Step.ABORT,
         bytes(32),
-        tuple(counted.sign(i, Step.ABORT, b"", ctx=bytes(32)) for i in OTHERS),
+        tuple(counted.abort(i, ctx=bytes(32)) for i in OTHERS),
     )
     await counted.refuses(Settle(unknown), "views were split")
 

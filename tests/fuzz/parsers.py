@@ -24,7 +24,16 @@ from secagg.context import SessionContext
 from secagg.errors import MalformedMessage
 from secagg.events import Deadline, Received
 from secagg.ledger import Confirmed, Masked, Opened, Settled, decode_entry, encode_entry
-from secagg.messages import Advert, Complaint, Confirm, Header, MaskedInput, Signed, Unmask
+from secagg.messages import (
+    Abort,
+    Advert,
+    Complaint,
+    Confirm,
+    Header,
+    MaskedInput,
+    Signed,
+    Unmask,
+)
 from secagg.roster import Roster
 from silo.errors import ProposalRefused
 from silo.offers import BadOffer, parse_terms
@@ -131,7 +140,7 @@ def _submit(data: bytes) -> None:
         raise AssertionError(f"a submission changes when written again: {message}")
 
 
-_MESSAGES = (Signed, Advert, Header, MaskedInput, Confirm, Unmask, Complaint)
+_MESSAGES = (Signed, Advert, Header, MaskedInput, Confirm, Unmask, Abort, Complaint)
 _VALUES = (Certificate, SessionContext, Roster)
 TARGETS: dict[str, Target] = {
     kind.__name__.lower(): _canonical(kind.decode, lambda value: value.encode())
@@ -234,6 +243,7 @@ def _seeds() -> dict[str, list[bytes]]:
         Settled(digest, digest, True, False),
     )
     found["complaint"] = [Complaint(3).encode()]
+    found["abort"] = [Abort(bytes(range(32))).encode()]
     found["entry"] = [encode_entry(entry) for entry in entries]
     found["work"], found["invitation"] = _works(), _invitations()
     found["task"], found["open"] = _tasks(_sessions()[0]), _proposals()

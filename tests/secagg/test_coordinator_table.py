@@ -9,7 +9,7 @@ import pytest
 from secagg import coordinator, silo
 from secagg.errors import MalformedMessage, Reason, Refused, SecAggError, UnexpectedEvent
 from secagg.events import Cancel, CoordinatorEvent, Ended, Received, Settle, Survivors
-from secagg.messages import Complaint, Confirm, Header, Parcel, Step, Unmask
+from secagg.messages import Abort, Complaint, Confirm, Header, Parcel, Step, Unmask
 from secagg.primitives import Secret
 from tests.secagg.world import World, make_context, make_roster, make_world
 
@@ -269,9 +269,12 @@ def test_confirmations_must_be_of_this_set_transcript_and_input() -> None:
         assert reason(world, event) is Reason.TRANSCRIPT_MISMATCH
 
 
-def test_an_abort_says_nothing_but_that() -> None:
+def test_an_abort_names_the_roster_of_the_session_and_nothing_else() -> None:
     world = bring_to(coordinator.Aborting)
-    assert "empty body" in str(refused(world, signed(world, 1, Step.ABORT, b"but")))
+    other = Abort(replace(world.roster, study="second").digest)
+    assert reason(world, signed(world, 1, Step.ABORT, other.encode())) is Reason.ROSTER_MISMATCH
+    for body in (b"", Abort(world.roster.digest).encode() + b"!"):
+        assert isinstance(refused(world, signed(world, 1, Step.ABORT, body)), MalformedMessage)
 
 
 def test_shares_must_be_the_committed_ones_of_exactly_the_survivors_and_the_dropped() -> None:

@@ -10,7 +10,7 @@ from secagg import coordinator, silo
 from secagg.certificate import Certificate
 from secagg.context import NO_HASH, Quantity
 from secagg.errors import MalformedMessage, Reason, Refused, UnexpectedEvent
-from secagg.events import Confirmations, GiveUp, Open, Settle
+from secagg.events import Confirmations, GiveUp, Open, Send, Settle
 from secagg.ledger import (
     MAX_FOREIGN_ABORTS,
     Aborted,
@@ -22,7 +22,7 @@ from secagg.ledger import (
     decode_entry,
     encode_entry,
 )
-from secagg.messages import Confirm, Step
+from secagg.messages import Abort, Confirm, Step
 from secagg.roster import Roster
 from tests.secagg.refusal import refused, request
 from tests.secagg.world import World, make_context, make_roster, make_world
@@ -144,7 +144,8 @@ def test_a_smaller_roster_cannot_end_a_session_of_a_larger_one() -> None:
     site, ctx = world.silos[1], world.session.context.digest
     party = replace(site.party, roster=shrunk(world))
     site.state = silo.resume(party, History.of(site.disk))
-    aborts = tuple(world.silos[i].party.sign(Step.ABORT, ctx, b"") for i in (2, 3, 4))
+    body = Abort(party.roster.digest).encode()
+    aborts = tuple(world.silos[i].party.sign(Step.ABORT, ctx, body) for i in (2, 3, 4))
     forged = Settle(Certificate(Step.ABORT, ctx, aborts))
     assert refused(world, 1, forged) is Reason.ROSTER_MISMATCH
     again = make_context(party.roster, session=2, epoch=2)
@@ -196,6 +197,43 @@ def test_after_a_join_counts_are_summed_again_and_moments_are_not(
 
 
 # --- how a session ends
+
+
+def test_an_abort_signed_in_another_study_ends_no_session_of_this_one() -> None:
+    """One key, two ledgers: the other study's does not know that this session was unmasked. Would
+    its ABORTs count, the round could be summed again without one silo, and subtracted."""
+    world = make_world(4)
+    world.pump()
+    ctx = world.session.context.digest
+    elsewhere = replace(world.roster, study="second")
+    aborts = []
+    for i in (1, 2, 3):
+        twin = silo.start(replace(world.silos[i].party, roster=elsewhere))
+        _, (_, sent) = twin.handle(GiveUp(ctx))
+        assert isinstance(sent, Send)
+        aborts.append(sent.message)
+    foreign = Settle(Certificate(Step.ABORT, ctx, tuple(aborts)))
+    for i in world.silos:
+        assert refused(world, i, foreign) is Reason.BAD_CERTIFICATE
+        assert world.silos[i].state.history.in_doubt
+    again = make_context(world.roster, session=2)
+    assert refused(world, 4, Open(again)) is Reason.IN_DOUBT
+
+
+def test_an_abort_of_ours_that_our_ledger_does_not_hold_settles_nothing() -> None:
+    """The ledger was set back to before it, so what it says of UNMASK may be missing too."""
+    world = make_world(4)
+    world.run_until(coordinator.Unmasking)
+    site, ctx = world.silos[1], world.session.context.digest
+    before = list(site.disk)
+    aborts = tuple(world.silos[i].deliver(GiveUp(ctx))[0].message for i in (1, 2, 3))
+    site.disk[:] = before
+    site.restart()
+    proof = Settle(Certificate(Step.ABORT, ctx, aborts))
+    assert refused(world, 1, proof) is Reason.BAD_CERTIFICATE
+    assert site.state.history.in_doubt
+    world.silos[4].deliver(proof)
+    assert not world.silos[4].state.history.in_doubt
 
 
 def test_a_second_outcome_of_one_session_is_refused() -> None:

@@ -30,7 +30,7 @@ from secagg.events import (
     SiloEvent,
     Survivors,
 )
-from secagg.messages import Step
+from secagg.messages import Abort, Confirm, Step
 from tests.secagg.world import make_context, make_world
 
 BEFORE = ("Waiting", "Advertised")
@@ -166,11 +166,10 @@ class Cast:
 
     def _certificate(self, step: Step, ctx: bytes) -> Certificate:
         """As the other three sign it; a sum is over all four, in the transcript of silo 1."""
-        from secagg.messages import Confirm
-
         entry = getattr(self.site.state, "entry", None)
         t2 = entry.t2 if entry is not None else bytes(32)
-        body = Confirm(t2, (1, 2, 3, 4), bytes(32)).encode() if step is Step.CONFIRM else b""
+        confirm = Confirm(t2, (1, 2, 3, 4), bytes(32))
+        body = (confirm if step is Step.CONFIRM else Abort(self.world.roster.digest)).encode()
         signed = tuple(self.world.silos[i].party.sign(step, ctx, body) for i in (2, 3, 4))
         return Certificate(step, ctx, signed)
 

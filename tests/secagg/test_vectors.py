@@ -203,7 +203,8 @@ class Whole:
         )
         roster = text("vectors") + u(32, 1) + u(16, t) + u(16, c) + items(members)
         assert roster.hex() == session["roster"]
-        assert H("roster", roster).hex() == session["roster_digest"]
+        self.roster_digest = H("roster", roster)
+        assert self.roster_digest.hex() == session["roster_digest"]
         context = (
             text("vectors") + u(32, 1) + blob(H("roster", roster)) + u(16, n) + u(16, t) + u(16, c)
             + u(64, 1) + text("round") + u(32, 1) + blob(sha(b"plan")) + blob(sha(b"model"))
@@ -247,7 +248,11 @@ class Whole:
             assert b64decode(silo["masked_input"]) == page.says(2, body)
 
     def check_abort(self) -> None:
-        aborts = [page.says(5, b"") for page in self.silos.values() if "abort" in page.silo]
+        aborts = [
+            page.says(5, blob(self.roster_digest))
+            for page in self.silos.values()
+            if "abort" in page.silo
+        ]
         certificate = u(8, 2) + blob(self.ctx) + items(aborts)
         assert b64decode(self.session["certificate"]) == certificate
 

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secagg.certificate import Certificate
 from secagg.codec import blob, items, u8, u16, u32
-from secagg.messages import Confirm, Header, Signed, Step
+from secagg.messages import Abort, Confirm, Header, Signed, Step
+from secagg.roster import Roster
 from tests.vectors import generate
 
 BASE = "4-silos-all-stay-ring-8"
@@ -42,6 +43,7 @@ class Session:
     """The valid session: its context's digest, the silos' identity keys and signed messages."""
 
     ctx: bytes
+    roster: Roster
     keys: list[Ed25519PrivateKey]
     adverts: list[Signed]
     headers: list[Signed]
@@ -54,11 +56,16 @@ class Session:
         keys = [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
         steps = ("advert", "share", "confirm")
         sent = ([Signed.decode(b64decode(silo[step])) for silo in silos] for step in steps)
-        return cls(bytes.fromhex(base["ctx"]), keys, *sent)
+        roster = Roster.decode(bytes.fromhex(base["roster"]))
+        return cls(bytes.fromhex(base["ctx"]), roster, keys, *sent)
 
     def third(self, step: Step, body: bytes, sender: int = 3, ctx: bytes | None = None) -> Signed:
         """Signed by the third silo, whatever it says."""
         return Signed.by(self.keys[2], step, sender, self.ctx if ctx is None else ctx, body)
+
+    def aborts(self, body: bytes) -> list[Signed]:
+        """Of all silos but the first, who has signed none."""
+        return [Signed.by(self.keys[i - 1], Step.ABORT, i, self.ctx, body) for i in (2, 3, 4)]
 
     @property
     def other_set(self) -> Signed:
@@ -148,10 +155,13 @@ def _confirmations(session: Session) -> Iterator[Case]:
 
 def _certificates(session: Session) -> Iterator[Case]:
     m = session.confirms
+    second = replace(session.roster, study="second")
     for what, step, messages in (
         ("too few signatures", Step.CONFIRM, m[:2]),
         ("two sets", Step.CONFIRM, [*m[:2], session.other_set, m[3]]),
         ("no ABORTs", Step.ABORT, m),
+        ("ABORTs of another study", Step.ABORT, session.aborts(Abort(second.digest).encode())),
+        ("ABORTs that name no roster", Step.ABORT, session.aborts(b"")),
     ):
         certificate = Certificate(step, session.ctx, tuple(messages))
         packed = generate.packed(certificate.encode())
