@@ -43,7 +43,9 @@ class Step:
     saturated: int
     """Parameters that exceeded their clip, over all silos."""
     faults: int
-    """Silos whose delta was not finite and counted as zero."""
+    """Silos whose delta was not finite and counted as zero, or that voided the sum."""
+    void: int
+    """Silos that voided it: then the model is the input, and nothing else is known."""
     moved: float
     """‖θ_{r+1} − θ_r‖."""
 
@@ -78,6 +80,7 @@ def aggregate(
         loss=decoded.loss * silos / len(plan.working(round, silos)),
         saturated=decoded.saturated,
         faults=decoded.faults,
+        void=decoded.void,
         moved=float(np.linalg.norm(after.astype(np.float64) - before)),
     )
 
@@ -131,10 +134,10 @@ def summed_moments(
 
 def mean_comparison(total: bytes, work: EvaluationWork, silos: int, summed: int) -> dict[str, Any]:
     """The means over the silos that could measure, and how many those were; `clipped` counts values
-    beyond the encoding's bound. No means where no silo could."""
+    beyond the encoding's bound. No means where no silo could, or where one voided the sum."""
     encoding = evaluation_encoding(work, silos)
     found = encoding.decode(np.frombuffer(total, DTYPES[32]), summed)
-    measured = summed - found.faults
+    measured = 0 if found.void else summed - found.faults
     counters = {"measured": measured, "clipped": found.clipped}
     if measured == 0:
         return counters

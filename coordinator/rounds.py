@@ -90,6 +90,12 @@ class Rounds(Steps):
             state=state,
             total=bytes.fromhex(end["session"]["sum"]),
         )
+        if step.void:
+            raise StudyFailed(
+                f"round {number} cannot be read: {step.void} silos made its sum random, because "
+                "the model that they were sent cannot be trained (its first steps are not finite): "
+                "lower optimizer.learning_rate in the plan and start anew"
+            )
         if step.model.hex() == model["model"]:
             raise StudyFailed(
                 f"round {number} changed nothing (the deltas of {step.faults} silos were not "

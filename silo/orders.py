@@ -96,6 +96,8 @@ class RoundTrained:
     saturated: int
     fault: bool
     """The delta (or loss) was not finite; zeros were encoded, with a flag."""
+    void: bool
+    """The input model cannot be trained, here or anywhere: the sum was made unreadable."""
     first_bad_step: int | None
 
 

@@ -25,7 +25,14 @@ from silo.data.cache import Cached, labels_of_study, open_cache
 from silo.errors import DataError
 from silo.files import move, read_json, write_file, write_json
 from silo.home import SiloHome, StudyHome
-from silo.orders import CacheImages, EvaluateModel, FeatureMoments, Order, TrainRound
+from silo.orders import (
+    CacheImages,
+    EvaluateModel,
+    FeatureMoments,
+    Order,
+    RoundTrained,
+    TrainRound,
+)
 from silo.proposal import Proposal
 from silo.worker import Progress, Worker
 from study.integers import coarse_count
@@ -217,15 +224,7 @@ class Quantities:
             checkpoint=self._checkpoint(context),
         )
         done = await self._run(order)
-        if done.fault:
-            log.error(
-                "training gave a model that is not finite; zeros are contributed, with a flag",
-                round=round,
-                first_bad_step=done.first_bad_step,
-                hint="a learning rate that is too high for this site's images, or a model made to "
-                "break training; the study centre sees how many sites this happened to",
-            )
-        log.info("trained", round=round, loss=done.loss, saturated=done.saturated)
+        _tell(done, round, sum(work.sizes))
 
     async def _evaluation(
         self,
@@ -307,3 +306,31 @@ def _secret(path: Path) -> bytes:
     if not path.exists():
         write_file(path, os.urandom(32))
     return path.read_bytes()
+
+
+def _tell(done: RoundTrained, round: int, parameters: int) -> None:
+    """How a round went here, for the people of this site alone."""
+    if done.void:
+        log.error(
+            "the model that was sent cannot be trained; the round's sum is made unreadable",
+            round=round,
+            hint="either it grew beyond all bounds, or it was made to break training at all "
+            "sites but one, whose part of the sum would then be seen: ask the study centre",
+        )
+    elif done.fault:
+        log.error(
+            "training gave a model that is not finite; zeros are contributed, with a flag",
+            round=round,
+            first_bad_step=done.first_bad_step,
+            hint="a learning rate that is too high for this site's images, or a model made to "
+            "break training; the study centre sees how many sites this happened to",
+        )
+    if 4 * done.saturated > parameters:
+        log.warning(
+            "much of what leaves in this round is cut to the clips, and so little but signs",
+            round=round,
+            share=f"{done.saturated / parameters:.0%}",
+            hint="clips follow the mean of all sites, which grows small where they disagree, "
+            "late in a long study; long before that it is the study centre's choice",
+        )
+    log.info("trained", round=round, loss=done.loss, saturated=done.saturated)

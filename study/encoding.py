@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -21,14 +21,14 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
-from study.integers import WORD, Field, Integers, Ring, Words
+from study.integers import FLAGS, WORD, Field, Integers, Ring, Words, voided
 
 _SIGNED: dict[Ring, np.dtype[Any]] = {8: np.dtype("<i1"), 16: np.dtype("<i2"), 32: np.dtype("<i4")}
 _CHUNK = 3 << 14  # elements: the temporaries of one chunk stay in a core's second-level cache
 _CLIP_RANGE = (2.0**-50, 2.0**50)  # keeps c/(w·S) and its inverse normal in float32
 
 _LOSS_BITS, _LOSS_FRACTION = 40, 24  # losses up to 2^16, in steps of 2^-24
-_TAIL = (Field("loss", _LOSS_BITS), Field("saturated", 40), Field("faults", 1))
+_TAIL = (Field("loss", _LOSS_BITS), Field("saturated", 40), *FLAGS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Decoded:
     """Σ_i w_i loss_i over the silos in the sum."""
     saturated: int
     faults: int
+    void: int
+    """Silos that made the sum unreadable (`Encoding.void`): where there is one, `mean_delta`,
+    `loss` and `saturated` are zero, and nobody knows what they were."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Encoding:
 
     @property
     def tail(self) -> Integers:
-        """The encoding of loss, saturated elements and faults."""
+        """The encoding of loss, saturated elements, faults and void."""
         return Integers(self.ring, self.silos, _TAIL)
 
     @property
@@ -134,6 +137,10 @@ class Encoding:
     def zeros(self) -> Words:
         """What a silo that rests in a round contributes: an unchanged model, counters at zero."""
         return np.zeros(self.length, dtype=WORD[self.ring])
+
+    def void(self, draw: Callable[[int], bytes]) -> Words:
+        """What a silo contributes that will not let this sum be read (`study.integers.voided`)."""
+        return voided(self.ring, self.silos, self.length, draw)
 
     def encode(
         self,
@@ -177,11 +184,12 @@ class Encoding:
         weighted = loss * count / self.total_count
         if saturated is None or not math.isfinite(weighted):
             fault = self.zeros()
-            fault[n:] = self.tail.encode({"loss": 0, "saturated": 0, "faults": 1})
+            fault[n:] = self.tail.encode({"loss": 0, "saturated": 0, "faults": 1, "void": 0})
             return Encoded(fault, residual, 0, True)
         steps = round(min(max(weighted, 0.0), 2.0**16) * 2**_LOSS_FRACTION)
         steps = min(steps, (1 << _LOSS_BITS) - 1)
-        vector[n:] = self.tail.encode({"loss": steps, "saturated": saturated, "faults": 0})
+        counters = {"loss": steps, "saturated": saturated, "faults": 0, "void": 0}
+        vector[n:] = self.tail.encode(counters)
         return Encoded(vector, carried, saturated, False)
 
     def decode(self, total: Words) -> Decoded:
@@ -191,6 +199,9 @@ class Encoding:
             raise ValueError(
                 f"sum is {total.dtype}{list(total.shape)}, not {WORD[self.ring]}[{self.length}]"
             )
+        tail = self.tail.decode(total[n:])
+        if tail["void"]:
+            return Decoded(np.zeros(n, np.float32), 0.0, 0, tail["faults"], tail["void"])
         words = total[:n].view(_SIGNED[self.ring])
         mean = np.empty(n, dtype=np.float32)
         unit = np.array([[clip / self.scale for clip in self.clips]], dtype=real)
@@ -199,8 +210,8 @@ class Encoding:
             y = value[: at.stop - at.start]
             np.copyto(y, words[at])
             np.multiply(y, scale, out=mean[at], casting="same_kind")
-        tail = self.tail.decode(total[n:])
-        return Decoded(mean, tail["loss"] / 2**_LOSS_FRACTION, tail["saturated"], tail["faults"])
+        loss = tail["loss"] / 2**_LOSS_FRACTION
+        return Decoded(mean, loss, tail["saturated"], tail["faults"], 0)
 
     def _round(
         self,

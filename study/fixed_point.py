@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from study.integers import WORD, Field, Integers, Words
+from study.integers import FLAGS, WORD, Field, Integers, Words, voided
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class FixedSum:
     clipped: int
     """Values that exceeded the bound, all silos together: unless 0, the sum falls short."""
     faults: int
-    """Silos whose values held NaN or Inf and that contributed zeros."""
+    """Silos whose values held NaN or Inf and that contributed zeros, or voided the sum."""
+    void: int
+    """Silos that made the sum unreadable (`FixedPoint.void`): then `values` and `clipped` are 0."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class FixedPoint:
     @property
     def tail(self) -> Integers:
         """The encoding of the counters."""
-        return Integers(32, self.silos, (Field("clipped", 40), Field("faults", 1)))
+        return Integers(32, self.silos, (Field("clipped", 40), *FLAGS))
 
     @property
     def limbs(self) -> int:
@@ -74,6 +77,10 @@ class FixedPoint:
             + self.tail.parameters()
         )
 
+    def void(self, draw: Callable[[int], bytes]) -> Words:
+        """What a silo contributes that will not let this sum be read (`study.integers.voided`)."""
+        return voided(32, self.silos, self.length, draw)
+
     def encode(self, values: NDArray[np.float64]) -> Words:
         """uint32 [length] of float64 values [size].
 
@@ -89,7 +96,7 @@ class FixedPoint:
         fixed += self._middle
         width = self.tail.limb_bits
         words = [(fixed >> k * width) & (1 << width) - 1 for k in range(self.limbs)]
-        tail = self.tail.encode({"clipped": clipped, "faults": int(fault)})
+        tail = self.tail.encode({"clipped": clipped, "faults": int(fault), "void": 0})
         return np.concatenate([*(w.astype(WORD[32]) for w in words), tail])
 
     def decode(self, total: Words, summed: int) -> FixedSum:
@@ -98,13 +105,15 @@ class FixedPoint:
             raise ValueError(f"sum is {total.dtype}{list(total.shape)}, not uint32[{self.length}]")
         if not 1 <= summed <= self.silos:
             raise ValueError(f"summed = {summed} is outside 1 … {self.silos}")
+        tail = self.tail.decode(total[self.limbs * self.size :])
+        if tail["void"]:
+            return FixedSum(np.zeros(self.size), 0, tail["faults"], tail["void"])
         limbs = total[: self.limbs * self.size].reshape(self.limbs, self.size)
         fixed = np.zeros(self.size, dtype=np.int64)
         for k, words in enumerate(limbs):
             fixed += words.astype(np.int64) << k * self.tail.limb_bits
-        tail = self.tail.decode(total[self.limbs * self.size :])
         values = (fixed - summed * self._middle).astype(np.float64) * (self.bound / self._middle)
-        return FixedSum(values, tail["clipped"], tail["faults"])
+        return FixedSum(values, tail["clipped"], tail["faults"], 0)
 
     @property
     def _middle(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -103,3 +103,20 @@ class Integers:
 def census(silos: int) -> Integers:
     """The encoding of the census: one coarse sample count per silo, summed exactly."""
     return Integers(32, silos, (Field("count", 40),))
+
+
+FLAGS = (Field("faults", 1), Field("void", 1))
+"""The last integers of a vector that a silo may void."""
+
+
+def voided(ring: Ring, silos: int, length: int, draw: Callable[[int], bytes]) -> Words:
+    """Random words [length] that end in `FLAGS`, both 1: a contribution that hides the others.
+
+    Zeros would take the silo out of the sum and leave the others in it; whoever can bring all but
+    one to send zeros reads that one. A uniform word makes the sum uniform, whatever the others
+    added. `draw(n)` are n bytes of fresh entropy.
+    """
+    vector = np.frombuffer(draw(length * ring // 8), WORD[ring]).copy()
+    flags = Integers(ring, silos, FLAGS)
+    vector[-flags.length :] = flags.encode({"faults": 1, "void": 1})
+    return vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 
@@ -43,7 +44,12 @@ def evaluate_model(order: EvaluateModel, progress: ProgressFile) -> Evaluated:
         copy_quantile=plan.copy_quantile,
     )
     values = np.array([found.kid, found.coverage, found.copies, *found.losses])
-    write_file(order.vector, evaluation_encoding(work, order.silos).encode(values).tobytes())
+    encoding = evaluation_encoding(work, order.silos)
+    # The model is of the study centre's choice: one whose loss is finite at a single site would
+    # show what that one measured. Too few images for KID are nobody's choice, and cost zeros.
+    broken = not bool(np.isfinite(found.losses).all())
+    vector = encoding.void(os.urandom) if broken else encoding.encode(values)
+    write_file(order.vector, vector.tobytes())
     fault = not bool(np.isfinite(values).all())
     loss = math.fsum(found.losses) / len(found.losses)
     return Evaluated(found.kid, found.coverage, found.copies, loss, fault)

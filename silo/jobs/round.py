@@ -9,11 +9,14 @@ With a control variate (study/strategies/scaffold.py) the input is [θ; c], and 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -26,7 +29,7 @@ from silo.data.cache import Labels
 from silo.data.sheet import write_sheet
 from silo.errors import ProposalRefused
 from silo.files import move, sync_file, write_file
-from silo.jobs.together import leads
+from silo.jobs.together import go_on_alone, leads
 from silo.jobs.training import (
     SAVE_EVERY,
     execution_of,
@@ -40,7 +43,6 @@ from silo.jobs.training import (
 from silo.orders import RoundTrained, TrainRound
 from silo.process import pause_requested
 from silo.worker import ProgressFile
-from study.encoding import Encoded
 from study.plan import Plan, load_plan
 from study.quantity import RoundWork, decode_work, delta_encoding
 from study.reservation import split_labels
@@ -77,14 +79,35 @@ def train_round(order: TrainRound, progress: ProgressFile) -> RoundTrained:
         resume=resume_from(order.checkpoint),
     )
     if not leads():
-        return RoundTrained(trained.loss, 0, False, trained.first_bad_step)
-    encoded = _encode(order, work, plan, trained.change, trained.loss)
+        return RoundTrained(trained.loss, 0, False, False, trained.first_bad_step)
+    kept = order.residual
+    residual = np.load(kept) if kept.exists() else np.zeros_like(trained.change)
+    encoding = delta_encoding(work, order.silos, plan.secure_sum.ring)
+    # In the first round the model follows from the plan. Later it is the study centre's choice, and
+    # one that breaks training at all sites but one would show that one's delta, were zeros sent.
+    fails = order.round > 1 and _fails_at_once(trained, plan.rounds.local_steps)
+    if fails and _is_broken(order, plan, given):
+        _save(order.new_residual, residual)
+        write_file(order.vector, encoding.void(os.urandom).data.cast("B"))
+        order.checkpoint.unlink(missing_ok=True)
+        return RoundTrained(trained.loss, 0, True, True, trained.first_bad_step)
+    encoded = encoding.encode(
+        trained.change,
+        residual,
+        count=order.count,
+        loss=trained.loss,
+        key=rounding_key(order.work, order.model.name),
+        silo=order.silo,
+        consume=True,
+    )
     _save(order.new_residual, encoded.residual)
     if trained.control is not None and not encoded.fault:
         _save(order.new_control, trained.control)
     write_file(order.vector, encoded.vector.data.cast("B"))
     order.checkpoint.unlink(missing_ok=True)
-    return RoundTrained(trained.loss, encoded.saturated, encoded.fault, trained.first_bad_step)
+    return RoundTrained(
+        trained.loss, encoded.saturated, encoded.fault, False, trained.first_bad_step
+    )
 
 
 @dataclass(frozen=True)
@@ -206,18 +229,30 @@ def _save(path: Path, array: Vector) -> None:
     sync_file(path)
 
 
-def _encode(order: TrainRound, work: RoundWork, plan: Plan, delta: Vector, loss: float) -> Encoded:
-    encoding = delta_encoding(work, order.silos, plan.secure_sum.ring)
-    residual = np.load(order.residual) if order.residual.exists() else np.zeros_like(delta)
-    return encoding.encode(
-        delta,
-        residual,
-        count=order.count,
-        loss=loss,
-        key=rounding_key(order.work, order.model.name),
-        silo=order.silo,
-        consume=True,
+def _fails_at_once(trained: Trained, steps: int) -> bool:
+    """A gradient that is not finite shows in the loss of the step after it, or in the change."""
+    first = steps if trained.first_bad_step is None else trained.first_bad_step
+    finite = np.isfinite(trained.change).all() and math.isfinite(trained.loss)
+    return not finite and first <= 1
+
+
+def _is_broken(order: TrainRound, plan: Plan, given: Vector) -> bool:
+    """Whether it is the model, and not this machine: two steps in float32 on the CPU fail too."""
+    go_on_alone()
+    rounds = plan.rounds.model_copy(update={"local_steps": 2})
+    again = train_from(
+        build_model(plan.model),
+        plan.model_copy(update={"rounds": rounds}),
+        given,
+        read_images(order.images),
+        labels=read_labels(plan, order.images),
+        shared=shared_images(plan, order.auxiliary),
+        round=order.round,
+        seed=order.seed,
+        execution=Execution(torch.device("cpu"), torch.float32, torch.contiguous_format),
+        own_control=np.load(order.control) if order.control.exists() else None,
     )
+    return not (np.isfinite(again.change).all() and math.isfinite(again.loss))
 
 
 def rounding_key(work: bytes, model: str) -> bytes:

@@ -87,6 +87,12 @@ def leads() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
+def go_on_alone() -> None:
+    """What this process trains from here on it trains by itself; the others are done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def own_device(device: str | None) -> str | None:
     """The device of this process: of several on GPUs, its own."""
     if not distributed.is_initialized() or device == "cpu" or not torch.cuda.is_available():
@@ -117,7 +123,7 @@ def _one_of_several(place: Path) -> None:
         (place / "answer.new").write_bytes(pickle.dumps(answer))
         os.replace(place / "answer.new", place / "answer")
     if not isinstance(answer, Paused):
-        distributed.destroy_process_group()
+        go_on_alone()
 
 
 def _end_with(parent: int) -> None:

@@ -172,6 +172,8 @@ class TestSilo:
         """Of this silo's images, (n, d) about the network's center; drawn where there are none."""
         self.greed = 0
         """How many synthetic images more than its share it brings."""
+        self.voids = False
+        """Whether it will not let the sum of a round be read."""
         self.shared: dict[str, bool] = {}
         """Which rounds came with auxiliary images to train on, by quantity."""
         self.errors: list[str] = []
@@ -344,6 +346,9 @@ class TestSilo:
         match work:
             case CensusWork():
                 return count_encoding(roster.size).encode({"count": count})
+            case RoundWork() if self.voids:
+                ring = taking.plan.secure_sum.ring
+                return delta_encoding(work, roster.size, ring).void(os.urandom)
             case RoundWork():
                 encoding = delta_encoding(work, roster.size, taking.plan.secure_sum.ring)
                 n = sum(work.sizes)

@@ -170,6 +170,18 @@ async def test_a_silo_that_marks_more_slots_than_all_may_does_not_become_the_aux
         assert "a silo offers more than its share" in federation.study(study).error
 
 
+async def test_a_round_that_a_silo_voids_ends_the_study_with_the_reason(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        silos = await federation.join_four()
+        silos[1].voids = True
+        for silo in silos:
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan(rounds=2))
+        await federation.until(lambda: federation.study(study).state == "failed")
+        error = federation.study(study).error
+        assert "round 1 cannot be read: 1 silos made its sum random" in error
+
+
 async def test_fedddpm_plus_unites_images_decides_corrects_and_measures(tmp_path: Path) -> None:
     async with Federation(tmp_path) as federation:
         silos = await federation.join_four()

@@ -13,17 +13,18 @@ import pytest
 from PIL import Image
 
 from diffusion.evaluation import compare
-from diffusion.execution import choose_execution
+from diffusion.execution import Execution, choose_execution
 from diffusion.features.network import load_feature_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import moments
 from diffusion.model import build_model, load_vector, parameter_layout, to_vector
 from silo.errors import DataError, ProposalRefused
+from silo.jobs import round as round_job
 from silo.jobs.evaluation import evaluate_model
 from silo.jobs.local import label_weights, sample_local, train_local
 from silo.jobs.moments import feature_moments
 from silo.jobs.publish import publish_model
-from silo.jobs.round import shared_images, train_round
+from silo.jobs.round import Trained, shared_images, train_round
 from silo.jobs.training import first_model, model_sha256
 from silo.orders import (
     EvaluateModel,
@@ -126,19 +127,41 @@ def test_the_residual_of_earlier_rounds_is_added(order: TrainRound, progress: Pr
     assert np.allclose(with_residual - without, 0.125, atol=1e-3)
 
 
-def test_a_model_made_to_break_training_gives_zeros_and_a_flag_inside_the_sum(
+def test_a_model_made_to_break_training_voids_the_sum_and_leaves_nobody_alone_in_it(
     order: TrainRound, progress: ProgressFile
 ) -> None:
+    """Were zeros sent, a model that breaks at all silos but one would show that one's delta."""
     np.save(order.residual, np.full(sum(SIZES), 0.5, dtype=np.float32))
     broken = np.full(sum(SIZES), np.nan, dtype="<f4")
     broken.tofile(order.model)
     done = train_round(replace(order, round=2), progress)
-    assert done.fault
+    assert (done.fault, done.void) == (True, True)
     assert done.first_bad_step == 0
-    decoded = encoding_of(order).decode(np.fromfile(order.vector, "<u2"))
-    assert decoded.faults == 1
-    assert not decoded.mean_delta.any()
+    vector = np.fromfile(order.vector, "<u2")
+    assert len(set(vector[:1000])) > 900, "random words"
+    decoded = encoding_of(order).decode(vector)
+    assert (decoded.faults, decoded.void) == (1, 1)
     assert np.all(np.load(order.new_residual) == 0.5), "the old residual is kept"
+
+
+def test_training_that_fails_here_alone_gives_zeros_and_a_flag_inside_the_sum(
+    order: TrainRound, progress: ProgressFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graphics card that computes NaN from a model that a CPU can train is nobody's attack."""
+    whole = round_job.train_from
+
+    def broken_card(*arguments: Any, execution: Execution, **options: Any) -> Trained:
+        trained = whole(*arguments, execution=execution, **options)
+        if "save" not in options:  # the second look
+            return trained
+        return replace(trained, change=trained.change * np.nan, first_bad_step=0)
+
+    monkeypatch.setattr(round_job, "train_from", broken_card)
+    done = train_round(replace(order, round=2), progress)
+    assert (done.fault, done.void) == (True, False)
+    decoded = encoding_of(order).decode(np.fromfile(order.vector, "<u2"))
+    assert (decoded.faults, decoded.void) == (1, 0)
+    assert not decoded.mean_delta.any()
 
 
 def test_the_first_model_must_be_the_one_that_the_seed_gives(
@@ -379,8 +402,12 @@ def test_an_evaluation_encodes_the_four_measures_of_this_site(
     np.save(images, np.load(images)[:4])
     assert evaluate_model(asked, progress).fault, "four images have no fifth neighbour"
     found = evaluation_encoding(work, 4).decode(np.fromfile(asked.vector, "<u4"), 1)
-    assert found.faults == 1
+    assert (found.faults, found.void) == (1, 0)
     assert not found.values.any()
+    np.full(sum(SIZES), np.nan, "<f4").tofile(asked.model)
+    assert evaluate_model(asked, progress).fault
+    found = evaluation_encoding(work, 4).decode(np.fromfile(asked.vector, "<u4"), 1)
+    assert found.void == 1, "a model that measures nothing here may measure at one other site"
 
 
 def test_the_final_model_becomes_a_folder_that_diffusers_loads(

@@ -64,7 +64,7 @@ class FakeWorker:
             case TrainRound():
                 np.full(12, len(self.orders), "<u2").tofile(order.vector)
                 np.save(order.new_residual, np.full(10, len(self.orders), np.float32))
-                return RoundTrained(0.5, 0, False, None)
+                return RoundTrained(0.5, 0, False, False, None)
             case TrainLocal():
                 np.save(order.weights, np.zeros(3, np.float32))
                 return LocalTrained(0.5, None)

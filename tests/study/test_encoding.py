@@ -221,6 +221,25 @@ def test_a_delta_that_is_not_finite_goes_in_as_zeros_with_the_fault_counter_at_o
     assert (decoded.loss, decoded.saturated, decoded.faults) == (0.0, 0, 1)
 
 
+@pytest.mark.parametrize(("ring", "silos"), [(8, 5), (16, 4), (32, 255)])
+def test_a_sum_that_one_silo_voids_says_nothing_of_the_others_but_how_many_did(ring, silos):
+    """Every word but the two flags is uniform: the voiding silo's random words, whoever adds."""
+    enc = encoding(ring, silos, sizes=(40_000,), clips=(1.0,))
+    rng = np.random.default_rng(1)
+    delta = np.ones(40_000, np.float32)
+    honest = enc.encode(delta, np.zeros_like(delta), count=4000, loss=1.0, key=bytes(32)).vector
+    drawn = rng.bytes(enc.length * ring // 8)
+    total = honest + enc.void(lambda n: drawn[:n])
+    random = np.frombuffer(drawn, WORD[ring])
+    assert (total[:-2] == honest[:-2] + random[:-2]).all()
+    counts = np.bincount(total[:-2] >> ring - 4, minlength=16)
+    assert counts.min() > 0.9 * len(total) / 16, "as uniform as random words are"
+    decoded = enc.decode(total)
+    assert (decoded.faults, decoded.void) == (1, 1)
+    assert not decoded.mean_delta.any()
+    assert decoded.loss == decoded.saturated == 0
+
+
 def test_a_loss_that_is_not_finite_is_a_fault_too():
     enc = encoding()
     zeros = np.zeros(8, np.float32)

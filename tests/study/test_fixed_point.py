@@ -55,6 +55,17 @@ def test_values_that_are_not_finite_go_in_as_zeros_with_the_fault_counter_at_one
     assert decoded.faults == 1
 
 
+def test_a_sum_that_one_silo_voids_says_nothing_of_the_others():
+    encoding = FixedPoint(4, 3, bound=1.0)
+    drawn = np.random.default_rng(2).bytes(4 * encoding.length)
+    honest = encoding.encode(np.full(3, 0.25))
+    total = encoding.void(lambda n: drawn[:n]) + honest
+    assert (total[:-2] == np.frombuffer(drawn, "<u4")[:-2] + honest[:-2]).all()
+    decoded = encoding.decode(total, 2)
+    assert (decoded.faults, decoded.void, decoded.clipped) == (1, 1, 0)
+    assert not decoded.values.any()
+
+
 def test_parameters_change_with_every_parameter():
     base = FixedPoint(4, 3, 1.0, 48)
     others = [FixedPoint(5, 3, 1.0), FixedPoint(4, 4, 1.0), FixedPoint(4, 3, 2.0)]

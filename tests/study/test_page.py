@@ -39,7 +39,7 @@ def integers(ring: int, silos: int, fields: Fields) -> tuple[int, bytes]:
 
 
 def fixed_point(silos: int, size: int, bound: float) -> tuple[int, bytes]:
-    tail, parameters = integers(32, silos, {"clipped": 40, "faults": 1})
+    tail, parameters = integers(32, silos, {"clipped": 40, "faults": 1, "void": 1})
     limb = 32 - math.ceil(math.log2(silos))
     head = b"concilium/fixed-point/1" + struct.pack("<IQdB", silos, size, bound, 48)
     return math.ceil(48 / limb) * size + tail, head + parameters
@@ -48,7 +48,8 @@ def fixed_point(silos: int, size: int, bound: float) -> tuple[int, bytes]:
 def delta(
     ring: int, silos: int, total: int, sizes: list[int], clips: list[float]
 ) -> tuple[int, bytes]:
-    tail, parameters = integers(ring, silos, {"loss": 40, "saturated": 40, "faults": 1})
+    fields = {"loss": 40, "saturated": 40, "faults": 1, "void": 1}
+    tail, parameters = integers(ring, silos, fields)
     head = b"concilium/delta/1" + struct.pack("<BIQI", ring, silos, total, len(sizes))
     head += struct.pack(f"<{len(sizes)}Q", *sizes) + struct.pack(f"<{len(clips)}f", *clips)
     return sum(sizes) + tail, head + parameters
