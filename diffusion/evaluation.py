@@ -42,7 +42,7 @@ class Comparison:
     coverage: float
     """Share of the images near a sample (`diffusion.coverage.coverage`)."""
     copies: float
-    """Share of the samples that the memorisation audit would drop (`diffusion.audit`)."""
+    """Share of the samples that are near-copies (`diffusion.audit.copy_share`)."""
     losses: tuple[float, ...]
     """Loss by bins of timesteps, the least noisy first (`diffusion.loss.loss_curve`)."""
 
@@ -59,7 +59,6 @@ def compare(
     execution: Execution,
     labels: Labels | None = None,
     bins: int = 10,
-    copy_quantile: float = 0.05,
 ) -> Comparison:
     """`model` and `samples` of it against real `images` (uint8 (n, c, h, w), the samples alike).
 
@@ -83,7 +82,7 @@ def compare(
     return Comparison(
         kid=kid(drawn, real) if enough else math.nan,
         coverage=coverage(real, drawn) if len(real) > NEIGHBOURS else math.nan,
-        copies=copy_share(samples, images, quantile=copy_quantile) if enough else math.nan,
+        copies=copy_share(samples, images) if enough else math.nan,
         losses=tuple(float(loss) for loss in loss_curve(table)),
     )
 

@@ -87,11 +87,6 @@ class Plan(Spec):
         return self.strategy.stops_sharing and round > first
 
     @property
-    def copy_quantile(self) -> float:
-        """The quantile of the memorisation audit, also without an auxiliary set."""
-        return self.auxiliary.audit_quantile if self.auxiliary else 0.05
-
-    @property
     def first_clip(self) -> float:
         """The clip of every tensor in the first round, a float32 value.
 

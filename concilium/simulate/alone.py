@@ -51,6 +51,8 @@ def train_alone(
         "steps": plan.rounds.local_steps,
         "seed": point.seed,
     }
+    if point.simulation.falling_rate:
+        inputs["rates"] = [plan.optimizer_of(k).learning_rate for k in range(1, rounds[-1] + 1)]
     known = [labels for _, labels in sets if labels is not None]
     if known:
         inputs["labels"] = digest_array(*known)
@@ -68,23 +70,30 @@ def _train(task: _Task) -> NDArray[np.float32]:
     model = build_model(plan.model)
     initialise(model, plan.study.seed)
     found: dict[int, NDArray[np.float32]] = {}
+    last: Checkpoint | None = None
+    falls = task.point.simulation.falling_rate
 
-    def keep(checkpoint: Checkpoint) -> None:
+    def keep(checkpoint: Checkpoint) -> bool:
+        nonlocal last
+        last = checkpoint
         if (number := checkpoint.steps // steps) in task.rounds:
             found[number] = checkpoint.ema
+        return falls  # and goes on from there with the next round's rate
 
-    result = train(
-        model,
-        task.images,
-        labels=task.labels,
-        steps=steps * task.rounds[-1],
-        schedule=plan.schedule,
-        objective=plan.objective,
-        optimizer=plan.optimizer,
-        seed=derived_seed(secret_of(task.point.seed, task.index), "alone"),
-        execution=execution_of(task.point.simulation.precision),
-        save=keep,
-        save_every=steps,
-    )
+    for number in range(1, task.rounds[-1] + 1) if falls else (1,):
+        result = train(
+            model,
+            task.images,
+            labels=task.labels,
+            steps=steps * task.rounds[-1],
+            schedule=plan.schedule,
+            objective=plan.objective,
+            optimizer=plan.optimizer_of(number) if falls else plan.optimizer,
+            seed=derived_seed(secret_of(task.point.seed, task.index), "alone"),
+            execution=execution_of(task.point.simulation.precision),
+            save=keep,
+            save_every=steps,
+            resume=last,
+        )
     found[task.rounds[-1]] = result.ema
     return np.stack([found[number] for number in task.rounds])

@@ -139,8 +139,7 @@ class Ruler:
         return self._measure(self._network.extract(images), self._copies(images))
 
     def _copies(self, images: Images) -> float:
-        real, quantile = np.concatenate(self._federation.images), self._plan.copy_quantile
-        return copy_share(images, real, quantile=quantile)
+        return copy_share(images, np.concatenate(self._federation.images))
 
     def _measure(self, features: Vector, copies: float) -> Measured:
         inside = covered(self._real, features, self._radii)
@@ -163,7 +162,6 @@ class Ruler:
             "what": "features of samples, and near-copies",
             "network": self._evaluation and self._evaluation.sha256,
             "data": self._federation.digest,
-            "quantile": self._plan.copy_quantile,
             "samples": [first, n],
         }
 

@@ -227,6 +227,8 @@ def union(task: UnionTask, memo: Memo, pool: Pool, secure: SecureSum | None) -> 
         "auxiliary": plan.auxiliary.model_dump(mode="json"),
         "secure": secure is not None,
     }
+    if not task.point.simulation.audit:
+        inputs["audit"] = False
 
     def compute() -> Arrays:
         wanted = [share(images, n, federation.total) for n in federation.counts]
@@ -277,7 +279,10 @@ def _draw(task: _SiloTask) -> _Drawn:
         if task.labels is not None:
             labels = drawn_labels(label_weights(task.labels), n, seed=seed, first_index=drawn)
         samples = draw(plan, task.weights, n, drawn, seed, execution, labels)
-        keep, _ = audit(samples, task.images, quantile=plan.auxiliary.audit_quantile)
+        if task.point.simulation.audit:
+            keep, _ = audit(samples, task.images, quantile=plan.auxiliary.audit_quantile)
+        else:
+            keep = np.ones(len(samples), bool)
         kept.append(samples[keep] if labels is None else with_labels(samples[keep], labels[keep]))
         drawn, found = drawn + n, found + int(keep.sum())
     return _Drawn(np.concatenate(kept)[: task.wanted], drawn, drawn - found)

@@ -55,6 +55,12 @@ class Run(Spec):
     secure_sum: bool | None = None
     """Instead of the simulation's."""
 
+    falling_rate: bool | None = None
+    """Instead of the simulation's."""
+
+    audit: bool | None = None
+    """Instead of the simulation's."""
+
 
 class Simulation(Spec):
     """[simulation]: silos, data, seeds and runs."""
@@ -81,6 +87,15 @@ class Simulation(Spec):
     secure_sum: bool = False
     """Whether rounds go through the secure sum's parties and the plan's ring, instead of being
     averaged in float32."""
+
+    falling_rate: bool = False
+    """Whether the learning rate of "central", "local" and "auxiliary" falls over their rounds as it
+    does in the federated ones (rounds.final_learning_rate); else it stays, and their average
+    alone settles."""
+
+    audit: bool = True
+    """Whether silos drop samples too near to their training images before these are united. Only a
+    simulation can leave it out, to see what it costs; a silo has no such switch."""
 
     run: tuple[Run, ...] = ()
     """What to simulate."""
@@ -126,7 +141,7 @@ class Sweep:
         merged["study"] = merged.get("study", {}) | {"seed": seed}
         changes = {
             key: value
-            for key in ("partition", "silos", "secure_sum")
+            for key in ("partition", "silos", "secure_sum", "falling_rate", "audit")
             if (value := getattr(run, key)) is not None
         }
         simulation = self.simulation.model_copy(update={**changes, "run": (), "seeds": (seed,)})

@@ -41,7 +41,6 @@ def evaluate_model(order: EvaluateModel, progress: ProgressFile) -> Evaluated:
         execution=choose_execution(order.machine.device, order.machine.threads),
         labels=read_labels(plan, order.images),
         bins=work.bins,
-        copy_quantile=plan.copy_quantile,
     )
     values = np.array([found.kid, found.coverage, found.copies, *found.losses])
     encoding = evaluation_encoding(work, order.silos)

@@ -328,6 +328,36 @@ def test_the_union_costs_what_the_page_says(tmp_path: Path) -> None:
     assert union["image_bytes"] % (1 + pixels) == 0
 
 
+def test_a_model_without_federation_may_take_the_rates_of_the_rounds(tmp_path: Path) -> None:
+    falls = "plan.rounds = {count = 3, final_learning_rate = 0.01}"
+    runs = {
+        "constant": 'training = "central"\nplan.rounds = {count = 3}',
+        "by-rounds": 'training = "central"\nfalling_rate = true\nplan.rounds = {count = 3}',
+        "stays": f'training = "central"\n{falls}',
+        "falls": f'training = "central"\nfalling_rate = true\n{falls}',
+    }
+    lines = simulate(study(tmp_path, runs), tmp_path / "out")
+    ends = {name: found[-1]["fid"] for name, found in lines.items()}
+    assert ends["by-rounds-3"] == ends["constant-3"], "round by round it is the same training"
+    assert ends["stays-3"] == ends["constant-3"]
+    assert ends["falls-3"] != ends["constant-3"]
+
+
+def test_without_the_audit_every_draw_is_united(tmp_path: Path) -> None:
+    """Of models that hardly trained, beside images of noise, which most draws are as near to as
+    these to one another."""
+    draw, dropped = np.random.default_rng(0), {}
+    for audited in ("true", "false"):
+        more = f"audit = {audited}\n{PLUS}\nplan.auxiliary = {{audit_quantile = 0.5}}"
+        path = study(tmp_path, {"plus": more})
+        silos = federate(next(load_sweep(path).points()), digits())
+        noise = [draw.integers(0, 256, own.shape, dtype=np.uint8) for own in silos.images]
+        given = Federation(tuple(noise), silos.labels, silos.secrets)
+        dropped[audited] = events(path, tmp_path / audited, given)[0]["dropped"]
+    assert dropped["true"] > 0
+    assert dropped["false"] == 0
+
+
 def test_a_silo_that_rests_changes_nothing_and_the_others_count_for_it(tmp_path: Path) -> None:
     more = "plan.rounds = {participation = 0.5}"
     path = study(tmp_path, {"some": more})
