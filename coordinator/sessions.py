@@ -23,7 +23,7 @@ from coordinator.artifacts import Artifacts
 from coordinator.contacts import Bell, Contacts
 from coordinator.journal import decode_event, encode_event
 from coordinator.records import SessionRow, Standing
-from coordinator.spool import Spool, UploadRefused
+from coordinator.spool import InputLost, Spool, UploadRefused
 from coordinator.store import Store
 from coordinator.uploads import NotYet, Uploads
 from secagg import coordinator as core
@@ -59,8 +59,8 @@ class SessionEnd:
 
     summed: the sum is an artifact. aborted: proof that nothing was or will be revealed.
     abandoned: given up before any input was masked. void: confirmed, but a dealer's keys are
-    wrong and the sum cannot be unveiled by anyone. unproven: the operator waits no longer for what
-    would prove the end, so it stays in doubt at the silos.
+    wrong or a masked input is lost, and the sum cannot be unveiled by anyone. unproven: the
+    operator waits no longer for what would prove the end, so it stays in doubt at the silos.
     """
 
     kind: Literal["summed", "aborted", "abandoned", "void", "unproven"]
@@ -373,8 +373,13 @@ class Session:
         for effect in self._effects:
             match effect:
                 case Unveil():
-                    digest = await asyncio.to_thread(self._unveil, effect)
                     missing = tuple(i for i in expected if i not in effect.survivors)
+                    try:
+                        digest = await asyncio.to_thread(self._unveil, effect)
+                    except InputLost as lost:
+                        # The confirmations prove the sum's set, so the silos can settle.
+                        why, accused = self._lost(lost), lost.silo if lost.alone else None
+                        return SessionEnd("void", number, why, (), "", missing, accused, seconds)
                     return SessionEnd(
                         "summed", number, "", effect.survivors, digest.hex(), missing, None, seconds
                     )
@@ -385,6 +390,14 @@ class Session:
                     missing = tuple(i for i in expected if i not in self._here)
                     return SessionEnd(kind, number, why, (), "", missing, accused, seconds)
         raise AssertionError(self.state)
+
+    def _lost(self, lost: InputLost) -> str:
+        name, number = self._roster.member(lost.silo).name, self.context.session
+        whose = name if lost.alone else "every silo"
+        return (
+            f"session {number} ({self.context.quantity}): the masked input of {whose} was taken "
+            f"whole and is not there any more: {lost}"
+        )
 
     def _unveil(self, effect: Unveil) -> bytes:
         row, context = self.row, self.context

@@ -36,6 +36,15 @@ class WrongOffset(UploadRefused):
     """A chunk that does not start where the committed bytes end."""
 
 
+class InputLost(Exception):
+    """A vector that was whole when its silo signed for it is not there as it was. `alone`: those
+    of other silos are, so that the disk as a whole is not what lost it."""
+
+    def __init__(self, silo: int, why: str, alone: bool) -> None:
+        self.silo, self.alone = silo, alone
+        super().__init__(why)
+
+
 class DiskFull(Exception):
     """No space for an upload. The silo tries again; the operator makes room."""
 
@@ -59,12 +68,20 @@ class Spool:
         """Go on with an upload at the committed offset.
 
         A part of another vector is dropped: what counts is the digest that the silo signs, and
-        the silo's own ledger allows it one. Raises UploadRefused for another offset, DiskFull.
+        the silo's own ledger allows it one. Raises UploadRefused for another offset or where
+        another vector is whole, DiskFull.
         """
         name = f"{silo}-{sha256.hex()}"
         for other in self._files(study, session, silo):
-            if other.name.partition(".")[0] != name:
-                other.unlink(missing_ok=True)
+            if other.name.partition(".")[0] == name:
+                continue
+            if not other.suffix:
+                # It may be what the silo has signed for, in a sum that all others then confirm.
+                raise UploadRefused(
+                    f"this silo's vector is here, with SHA-256 {other.name.partition('-')[2]}: no "
+                    "other one is taken in this session. Send the one that the silo's ledger names"
+                )
+            other.unlink(missing_ok=True)
         folder = self._session(study, session)
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / name
@@ -110,6 +127,8 @@ class Spool:
         keys: Sequence[MaskKey],
     ) -> Vector:
         """Σ of the vectors of `inputs` (silo → digest) and of the keystreams of `keys`, mod 2^b.
+        Raises InputLost where one is missing or has another length; each had its digest when it
+        got its name, and nobody writes to it since.
 
         Memory: the sum and one chunk, whatever the number of silos. A chunk of the sum stays in a
         core's cache while the vectors are added to it.
@@ -118,8 +137,9 @@ class Spool:
         chunk = np.empty(_FOLD_CHUNK // total.itemsize, dtype=total.dtype)
         with ExitStack() as opened:
             folder = self._session(study, session)
-            names = [f"{silo}-{sha256.hex()}" for silo, sha256 in inputs.items()]
-            files = [opened.enter_context(open(folder / name, "rb", 0)) for name in names]
+            names = {silo: f"{silo}-{sha256.hex()}" for silo, sha256 in inputs.items()}
+            _check_whole(folder, names, total.nbytes)
+            files = [opened.enter_context(open(folder / n, "rb", 0)) for n in names.values()]
             for start in range(0, length, chunk.size):
                 part = total[start : start + chunk.size]
                 addend = chunk[: part.size]
@@ -190,8 +210,8 @@ class Incoming:
                 ) from error
             raise
 
-    def close(self) -> None:
-        """Make what came durable; when it is all, check the digest and take it.
+    def close(self, take: bool = True) -> None:
+        """Make what came durable; when it is all, check the digest and, with `take`, take it.
 
         Raises UploadRefused where the digest is another; the part is dropped then.
         """
@@ -200,7 +220,7 @@ class Incoming:
         self._sync()
         self._file.close()
         self._file = None
-        if self.committed < self.size:
+        if self.committed < self.size or not take:
             return
         found = self._digest()
         failpoints.reach(f"upload whole, session {self._whole.parent.name}")
@@ -231,6 +251,14 @@ class Incoming:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._synced = self.committed
+
+
+def _check_whole(folder: Path, names: Mapping[int, str], size: int) -> None:
+    lengths = {silo: _length(folder / name) for silo, name in names.items()}
+    alone = size in lengths.values()
+    for silo, length in lengths.items():
+        if length != size:
+            raise InputLost(silo, f"{length} of {size} bytes are in {folder}", alone)
 
 
 def _length(file: Path) -> int:

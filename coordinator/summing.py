@@ -75,6 +75,8 @@ class Summing:
         pause = _FIRST_PAUSE
         if row is not None and not row.open and row.quantity == str(asked.quantity):
             end = _end_of(row)
+            if end.kind == "void":
+                raise StudyFailed(_why_void(end))
             if end.kind == "summed" or asked.once:
                 return end
             if row.epoch == self._live.roster.epoch:  # indices mean nothing in another one
@@ -93,10 +95,7 @@ class Summing:
             if end.kind == "unproven":
                 raise Stopped
             if end.kind == "void":
-                raise StudyFailed(
-                    f"{end.why}. The silos settled this sum, so it cannot be asked for again: "
-                    "find out what happened at that site, and start a new study without it"
-                )
+                raise StudyFailed(_why_void(end))
             if end.kind == "summed" or asked.once:
                 return end
             await store.do(records.set_error, name, end.why)
@@ -250,6 +249,16 @@ def _digest_of(last: SessionRow | None) -> bytes:
     if last is None or last.certificate is None:
         return NO_HASH
     return Certificate.decode(last.certificate).digest
+
+
+def _why_void(end: SessionEnd) -> str:
+    where = "to this machine's disk, and start a new study"
+    if end.accused is not None:
+        where = "at that site, and start a new study without it"
+    return (
+        f"{end.why}. The silos settled this sum, so it cannot be asked for again: find out what "
+        f"happened {where}"
+    )
 
 
 def _end_of(row: SessionRow) -> SessionEnd:

@@ -59,7 +59,8 @@ class Uploads:
 
     async def _close(self, silo: int, upload: Incoming) -> None:
         async with self._locks[silo]:
-            await asyncio.to_thread(upload.close)
+            # The part is the newer upload's: it may have been begun anew, and not be whole.
+            await asyncio.to_thread(upload.close, take=self._newest[silo] is upload)
 
 
 def _checked(chunk: pb.UploadChunk) -> bytes:

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from coordinator import admin
+from coordinator.config import Home
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from tests.coordinator.agent import TestSilo
@@ -108,6 +109,62 @@ async def test_uploads_with_a_wrong_digest_length_or_place_are_refused_and_resum
         # The silo's own upload now goes on at byte 3; a restart in between changes nothing.
         await federation.restart()
         await held.end()
+
+
+async def test_a_vector_that_a_silo_signed_for_cannot_be_replaced_by_another_upload(
+    tmp_path: Path,
+) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        held = Held(federation)
+        await held.begin()
+        await federation.until(lambda: federation.study(held.study).present == 3)
+        vector = federation.silos["site-2"].studies[held.study].vector
+        assert vector is not None
+        content, other = vector.tobytes(), bytes(vector.nbytes)
+        head = {"study": held.study, "session": 1, "size": len(content), "offset": 0}
+        async with federation.silos["site-2"].credentials.channel(federation.address) as channel:
+            stub = CoordinationStub(channel)
+            for begun in (other, other[:1]):
+                first = pb.UploadChunk(data=begun, sha256=hashlib.sha256(other).digest(), **head)
+                code, text = await refused(stub.Upload(chunks([first])))
+                assert code == INVALID
+                assert f"is here, with SHA-256 {hashlib.sha256(content).hexdigest()}" in text
+            first = pb.UploadChunk(data=content, sha256=hashlib.sha256(content).digest(), **head)
+            assert (await stub.Upload(chunks([first]))).committed == len(content)
+        await held.end()
+
+
+@pytest.mark.parametrize("whose", ["one", "all"])
+async def test_a_masked_input_that_is_lost_ends_the_session_with_its_certificate(
+    tmp_path: Path, whose: str
+) -> None:
+    async with Federation(tmp_path) as federation:
+        silos, go = await federation.join_four(), asyncio.Event()
+
+        async def hold(_silo: TestSilo, where: str) -> None:
+            if where == "before UNMASK":
+                await go.wait()
+
+        for silo in silos:
+            silo.hook = hold
+            silo.start()
+        study = admin.start_study(federation.home, federation.plan())
+        await federation.until(lambda: federation.study(study).phase == "unmasking")
+        uploads = Home(federation.home).spool / study / "1"
+        for file in uploads.glob("2-*" if whose == "one" else "*"):
+            file.unlink()
+        go.set()
+        await federation.until(lambda: federation.study(study).state == "failed", 20)
+        error = federation.study(study).error or ""
+        lost, mend = {
+            "one": ("site-2", "at that site, and start a new study without it"),
+            "all": ("every silo", "to this machine's disk, and start a new study"),
+        }[whose]
+        assert f"masked input of {lost} was taken whole and is not there any more" in error
+        assert mend in error
+        await federation.until(lambda: all(study in silo.ended for silo in silos))
+        assert {silo.studies[study].settled for silo in silos} == {1}
 
 
 async def test_a_message_that_speaks_of_an_upload_that_is_not_here_is_refused(

@@ -17,7 +17,9 @@ import pytest
 from coordinator.artifacts import Artifacts
 from coordinator.contacts import Contacts
 from coordinator.spool import DiskFull, Spool
+from coordinator.uploads import Uploads
 from coordinator.worker import Worker, WorkerDied
+from protos.v1 import coordination_pb2 as pb
 
 
 def die_unless_told_not_to(told: Path) -> str:
@@ -64,6 +66,21 @@ def test_a_full_disk_is_told_and_the_upload_goes_on_when_there_is_room(
     rest = spool.begin("s", 1, 2, len(content), digest, spool.committed("s", 1, 2))
     rest.write(600, content[600:])
     rest.close()
+    assert spool.holds("s", 1, 2, digest, len(content))
+
+
+async def test_an_upload_that_a_newer_one_took_over_from_takes_nothing(tmp_path: Path) -> None:
+    """Else a part that was begun anew would get the name of a vector that is whole."""
+    spool, content = Spool(tmp_path), bytes(range(250))
+    digest, other = hashlib.sha256(content).digest(), bytes(32)
+    uploads, head = Uploads(spool), {"study": "s", "session": 1, "size": len(content)}
+    older = await uploads.begin(2, pb.UploadChunk(data=content, sha256=digest, **head))
+    await uploads.begin(2, pb.UploadChunk(data=b"x", sha256=other, **head))
+    newer = await uploads.begin(2, pb.UploadChunk(data=content[:9], sha256=digest, **head))
+    await uploads.close(2, older)
+    assert [file.suffix for file in (tmp_path / "s" / "1").iterdir()] == [".part"]
+    await uploads.write(2, newer, pb.UploadChunk(data=content[9:], offset=9))
+    await uploads.close(2, newer)
     assert spool.holds("s", 1, 2, digest, len(content))
 
 
