@@ -116,6 +116,7 @@ class CoordinatorServer:
         self._metrics = Metrics(lambda: admin.status(home))
         self._server: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._recording = True
         self.fenced = asyncio.Event()
         """Set when another process has taken over the studies: then this one has to end."""
 
@@ -194,7 +195,7 @@ class CoordinatorServer:
                 await live.session.detach()  # a commit that is under way ends first
         await asyncio.to_thread(self._metrics.close)
         with suppress(Fenced):
-            await self._store.do(signs_of_life.record, self._contacts.take())
+            await self._record_contacts()
         await self._seat.leave()
         self._store.close()
         log.info("coordinator.stopped")
@@ -220,16 +221,31 @@ class CoordinatorServer:
 
     async def _look(self) -> None:
         """See what the command line changed, and write down who is in contact."""
-        news = self._contacts.take()
-        if news:
-            await self._store.do(signs_of_life.record, news)
+        # First of all: nothing that a silo does may keep its own revocation from being seen.
         if self._door.admit(await self._store.do(registry.admitted)):
             self._studies.wake()
+        await self._record_contacts()
         for row in await self._store.do(records.all_studies):
             if row.id not in self._studies:
                 self._take_up(await self._store.do(LiveStudy.load, row))
                 continue
             self._studies.of(row.id).operator_wants(row)
+
+    async def _record_contacts(self) -> None:
+        """Write down who is in contact; where that fails it is lost, and all else goes on."""
+        news = self._contacts.take()
+        if not news:
+            return
+        try:
+            await self._store.do(signs_of_life.record, news)
+        except Fenced:
+            raise
+        except Exception:
+            if self._recording:  # twice a second would fill the log
+                log.exception("contacts.lost")
+            self._recording = False
+        else:
+            self._recording = True
 
     def _take_up(self, live: LiveStudy) -> None:
         self._studies.add(live)

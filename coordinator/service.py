@@ -14,7 +14,7 @@ from coordinator.door import Caller, Context, Door, NotFound
 from coordinator.sessions import Tools
 from coordinator.spool import UploadRefused
 from coordinator.studies import Denied, LiveStudy, Studies
-from coordinator.wire import BadRequest, check, parcels_of
+from coordinator.wire import BadRequest, check, check_steps, parcels_of
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationServicer
 from secagg.errors import Reason, Refused
@@ -129,6 +129,8 @@ class CoordinationService(CoordinationServicer):
     ) -> pb.ReportProgressReply:
         async with self._door.silo(context, request, "study", "activity") as caller:
             live = self._studies.get(request.study, caller.site)
+            check_steps(request)
+            live.check_number(request.session)
             now = Progress(request.session, request.activity, request.step, request.steps)
             self._tools.contacts.progress(live.id, caller.site, now)
             return pb.ReportProgressReply()

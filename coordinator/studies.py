@@ -107,6 +107,11 @@ class LiveStudy:
         said = self.answers.get(site)
         return said is not None and said.takes_part
 
+    def check_number(self, number: int) -> None:
+        """Raises BadRequest for a session that there never was."""
+        if number > self.last:
+            raise BadRequest(f"study '{self.id}' has no session {number}")
+
     def session_of(self, number: int) -> Session | None:
         """The session a silo speaks of if it is under way, None if it is over.
 
@@ -115,8 +120,7 @@ class LiveStudy:
         live = self.session
         if live is not None and number == live.row.number:
             return None if live.state.over else live
-        if number > self.last:
-            raise BadRequest(f"study '{self.id}' has no session {number}")
+        self.check_number(number)
         if number == self.unfinished:
             raise Resuming(f"session {number} is being taken up again after a restart")
         return None

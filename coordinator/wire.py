@@ -40,6 +40,9 @@ _EXACT = {
     "signature": 64,
 }
 
+# No plan has orders of so many steps, and an integer column of every store holds them.
+_MOST_STEPS = 1_000_000_000
+
 
 def check(message: Message, required: Iterable[str] = ()) -> None:
     """Raises BadRequest for unknown, missing and oversized fields."""
@@ -62,6 +65,15 @@ def check(message: Message, required: Iterable[str] = ()) -> None:
             )
         if isinstance(value, str) and not value.isprintable():
             raise BadRequest(f"{type(message).__name__}.{name} holds characters of control")
+
+
+def check_steps(progress: pb.ReportProgressRequest) -> None:
+    """Raises BadRequest for figures that no work of a plan has."""
+    if not progress.step <= progress.steps <= _MOST_STEPS:
+        raise BadRequest(
+            f"ReportProgressRequest: step {progress.step} of {progress.steps}: step is at most "
+            f"steps, and steps at most {_MOST_STEPS}"
+        )
 
 
 @lru_cache

@@ -198,6 +198,9 @@ def wrong_calls(stub: CoordinationStub, study: str) -> list[tuple[Any, grpc.Stat
     never = pb.ReportRefusalRequest(study=study, session=9, reason="x")
     chatty = pb.ReportProgressRequest(study=study, activity="x" * 81)
     control = pb.ReportProgressRequest(study=study, activity="\x1b[2J")
+    nowhen = pb.ReportProgressRequest(study=study, activity="x", session=2**64 - 1)
+    beyond = pb.ReportProgressRequest(study=study, activity="x", step=2, steps=1)
+    endless = pb.ReportProgressRequest(study=study, activity="x", steps=2**32 - 1)
     foreign = pb.NextTaskRequest(study="other-1234", epoch=1)
     answer = pb.AnswerOfferRequest(
         study=study, plan_digest=bytes(32), roster_digest=bytes(32), accepted=True
@@ -212,6 +215,9 @@ def wrong_calls(stub: CoordinationStub, study: str) -> list[tuple[Any, grpc.Stat
         (stub.ReportRefusal(never), INVALID, "no session 9"),
         (stub.ReportProgress(chatty), INVALID, "at most 80"),
         (stub.ReportProgress(control), INVALID, "characters of control"),
+        (stub.ReportProgress(nowhen), INVALID, f"no session {2**64 - 1}"),
+        (stub.ReportProgress(beyond), INVALID, "step 2 of 1: step is at most steps"),
+        (stub.ReportProgress(endless), INVALID, "steps at most 1000000000"),
         (stub.NextTask(pb.NextTaskRequest(wait_seconds=61)), INVALID, "at most 60"),
         (stub.NextTask(foreign), DENIED, "not in the roster"),
         (stub.AnswerOffer(answer), FAILED, "another plan or roster"),

@@ -8,13 +8,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from coordinator import admin, sessions
 from coordinator.audit import verified
 from coordinator.config import Home
 from coordinator.store import Store, note
+from protos.v1 import coordination_pb2 as pb
+from protos.v1.coordination_pb2_grpc import CoordinationStub
 from silo.client import Client, Way
 from tests.coordinator import postgres
 from tests.coordinator.agent import TestSilo, nothing
@@ -60,6 +64,38 @@ def test_a_transaction_for_which_the_store_has_no_room_leaves_nothing_behind(
     store.run(note, "large", text="x" * 1_000_000)
     assert store.run(verified).entries == 1
     store.close()
+
+
+async def test_contacts_that_cannot_be_written_are_told_once_and_keep_no_revocation_waiting(
+    tmp_path: Path,
+) -> None:
+    with capture_logs() as logs:
+        async with Federation(tmp_path) as federation:
+            await federation.join("site-1")
+            store = Store(f"sqlite:///{federation.home / 'store.sqlite'}")
+            store.run(lambda c: c.exec_driver_sql("DROP TABLE traffic"))
+            store.close()
+            credentials = federation.silos["site-1"].credentials
+            async with credentials.channel(federation.address) as channel:
+                stub = CoordinationStub(channel)
+
+                async def is_let_in() -> bool:
+                    try:
+                        await stub.NextTask(pb.NextTaskRequest())
+                    except grpc.aio.AioRpcError as error:
+                        return error.code() != grpc.StatusCode.PERMISSION_DENIED
+                    return True
+
+                for _ in range(20):  # each leaves bytes to be counted
+                    assert await is_let_in()
+                    await asyncio.sleep(0.1)
+                admin.revoke(federation.home, "site-1")
+                async with asyncio.timeout(20):
+                    while await is_let_in():
+                        await asyncio.sleep(0.1)
+    lost = [line for line in logs if line["event"] == "contacts.lost"]
+    assert len(lost) == 1
+    assert logs[-1]["event"] == "coordinator.stopped"
 
 
 async def test_a_clock_that_is_set_back_makes_no_step_longer(
