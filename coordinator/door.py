@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from coordinator.authority import Peer, peer_of
 from coordinator.contacts import Contacts
 from coordinator.records import NoSuchStudy
-from coordinator.registry import RegistryError
+from coordinator.registry import RegistryError, TooOften
 from coordinator.sessions import Resuming
 from coordinator.spool import DiskFull, UploadRefused, WrongOffset
 from coordinator.store import Fenced
@@ -53,6 +53,7 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RegistryError, grpc.StatusCode.PERMISSION_DENIED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TooOften, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
 
 

@@ -64,17 +64,19 @@ class EnrolmentService(EnrolmentServicer):
         async with self._door.silo(context, request, "certificate_request") as caller:
             csr = request.certificate_request
             _parse(csr)
-            certificate = await self._store.do(self._certificate, caller.site, csr)
+            shown = caller.peer.serial
+            certificate = await self._store.do(self._certificate, caller.site, csr, shown)
             await self._admit()
             return pb.RenewReply(certificate=certificate)
 
-    def _certificate(self, c: Connection, site: str, csr: bytes) -> bytes:
-        """The certificate that answers this request: the one already made, where there is one."""
+    def _certificate(self, c: Connection, site: str, csr: bytes, shown: str = "") -> bytes:
+        """The certificate that answers this request: the one already made, where there is one.
+        `shown`: the serial of the one by which it was asked for."""
         found = registry.certificate_for(c, site, csr)
         if found is not None:
             return found
         issued = self._authority.silo_certificate(site, parse_request(csr), self._days)
-        registry.record_certificate(c, site, csr, issued)
+        registry.record_certificate(c, site, csr, issued, shown)
         return issued.pem
 
 

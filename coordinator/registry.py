@@ -22,8 +22,19 @@ class RegistryError(Exception):
     """A site is not in the state that was asked for; the text says what to do."""
 
 
+class TooOften(Exception):
+    """A site asks for certificates faster than any agent needs them; later it gets one."""
+
+
 class TokenRefused(RegistryError):
     """An invitation that is not good any more."""
+
+
+# An agent renews once in two thirds of a certificate's life; where answers are lost, or its disk is
+# full, it asks again after a restart. By hand a person may renew while the agent goes on with an
+# older one. No site needs more than this, and one that asks without end must not fill the store.
+_CERTIFICATES_AN_HOUR = 10
+_CERTIFICATES = 6
 
 
 @dataclass(frozen=True)
@@ -186,18 +197,38 @@ def certificate_for(c: Connection, name: str, request: bytes) -> bytes | None:
     return None if found is None else found.pem
 
 
-def record_certificate(c: Connection, name: str, request: bytes, issued: Issued) -> None:
+def record_certificate(
+    c: Connection, name: str, request: bytes, issued: Issued, shown: str = ""
+) -> None:
+    """A new certificate of a site. Its newest stay good, and the one with the serial `shown`, by
+    which it asks: it has no other one if this answer is lost too. Raises TooOften."""
+    now, ours = time.time(), certificates.c.site == name
+    lately = (certificates.c.issued > now - 3600) & (certificates.c.expires > now)
+    count = select(func.count()).select_from(certificates).where(ours, lately)
+    if c.execute(count).scalar_one() >= _CERTIFICATES_AN_HOUR:
+        raise TooOften(
+            f"site '{name}' got {_CERTIFICATES_AN_HOUR} certificates within an hour: the one that "
+            "it has stays good, and it gets another one later. If its agent restarts again and "
+            "again, see its log for the reason"
+        )
     values = {
         "serial": issued.serial,
         "site": name,
         "pem": issued.pem,
         "request": hashlib.sha256(request).hexdigest(),
-        "issued": time.time(),
+        "issued": now,
         "expires": issued.expires.timestamp(),
         "revoked": False,
     }
     c.execute(insert(certificates).values(**values))
     note(c, "certificate.issued", site=name, serial=issued.serial)
+    good = (certificates.c.revoked.is_(False)) & (certificates.c.expires > now)
+    newest_first = (
+        select(certificates.c.serial).where(ours, good).order_by(certificates.c.issued.desc())
+    )
+    kept = {issued.serial, shown, *c.execute(newest_first.limit(_CERTIFICATES)).scalars()}
+    old = ours & good & certificates.c.serial.not_in(kept)
+    c.execute(update(certificates).where(old).values(revoked=True))
 
 
 def admitted(c: Connection) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from sqlalchemy import Connection
@@ -17,6 +18,9 @@ from secagg import coordinator as core
 from secagg.errors import Reason, Refused
 from secagg.roster import Roster
 from study.plan import Plan, load_plan
+
+# People think again, but each answer is an entry of the audit log, which nobody may fill.
+_MOST_ANSWERS = 20
 
 
 class Denied(Exception):
@@ -41,6 +45,8 @@ class LiveStudy:
     """The session that the store holds as open, or 0."""
     session: Session | None = None
     bell: Bell = field(default_factory=Bell)
+    changes: Counter[str] = field(default_factory=Counter)
+    """How often each site answered the offer since this process has the study."""
 
     @property
     def id(self) -> str:
@@ -75,6 +81,7 @@ class LiveStudy:
             self.row = row
             return
         self.row, self.answers, self.certified, self.session = row, {}, 0, None
+        self.changes.clear()
         self.rosters[roster.epoch] = roster
         self.bell.ring()
 
@@ -184,7 +191,8 @@ class LiveStudy:
         return pb.Task(study=self.id, offer=offer)
 
     async def answer(self, store: Store, site: str, request: pb.AnswerOfferRequest) -> None:
-        """Raises Refused for an answer to another plan or roster, or one that comes too late."""
+        """Raises Refused for an answer to another plan or roster, or one that comes too late, and
+        Denied where the site changed it too often."""
         self.index_of(site)
         given = (request.plan_digest, request.roster_digest)
         if given != (self.plan.digest(), self.roster.digest):
@@ -196,6 +204,12 @@ class LiveStudy:
             raise Refused(
                 Reason.ROUND_NOT_NEW, f"study '{self.id}' is {self.row.state}: it is too late"
             )
+        if self.changes[site] >= _MOST_ANSWERS:
+            raise Denied(
+                f"site '{site}' changed its answer to study '{self.id}' {_MOST_ANSWERS} times: "
+                "the last one stands. Call the study centre, which can offer the study anew"
+            )
+        self.changes[site] += 1
         epoch, accepted, rule = self.roster.epoch, request.accepted, request.rule
         await store.do(records.answer, self.id, epoch, site, accepted, rule)
         await self.look_at_answers(store)

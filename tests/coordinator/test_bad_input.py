@@ -15,6 +15,8 @@ from coordinator import admin
 from coordinator.config import Home
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
+from secagg.roster import Roster
+from study.plan import load_plan
 from tests.coordinator.agent import TestSilo
 from tests.coordinator.federation import Federation
 
@@ -267,6 +269,30 @@ async def test_a_silo_that_refuses_is_not_waited_for_and_its_reason_is_shown(
         status = await federation.until(lambda: (s := federation.study(study)).error and s)
         assert "site-1: the disk is full: make room" in status.error
         assert "the threshold is 3" in status.error
+
+
+async def test_a_site_thinks_again_about_an_offer_but_not_without_end(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        study = admin.start_study(federation.home, federation.plan())
+        async with federation.silos["site-1"].credentials.channel(federation.address) as channel:
+            stub = CoordinationStub(channel)
+            offer = (await stub.NextTask(pb.NextTaskRequest(wait_seconds=20))).offer
+            answer = pb.AnswerOfferRequest(
+                study=study,
+                plan_digest=load_plan(offer.plan).digest(),
+                roster_digest=Roster.decode(offer.roster).digest,
+                rule="a person said so",
+            )
+            for number in range(20):
+                answer.accepted = number % 2 == 0
+                await stub.AnswerOffer(answer)
+                await stub.AnswerOffer(answer)  # the same again is no change
+            answer.accepted = True
+            code, text = await refused(stub.AnswerOffer(answer))
+            assert (code, "20 times: the last one stands. Call" in text) == (DENIED, True)
+        status = await federation.until(lambda: federation.study(study))
+        assert {s.name: s.answer for s in status.silos}["site-1"] == "declined"
 
 
 async def test_a_study_is_paused_and_stopped_by_the_operator(tmp_path: Path) -> None:

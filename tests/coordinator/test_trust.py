@@ -176,6 +176,37 @@ async def test_a_renewed_certificate_works_at_once_and_a_revoked_silo_is_refused
             assert task.WhichOneof("task") == "idle"
 
 
+async def test_who_asks_for_certificates_without_end_has_a_few_good_ones_and_the_one_it_shows(
+    tmp_path: Path,
+) -> None:
+    """A silo to which no answer comes through goes on with its first certificate."""
+    async with Federation(tmp_path) as federation:
+        await federation.join("site-1")
+        first, given = federation.silos["site-1"].credentials, []
+        async with first.channel(federation.address) as channel:
+            stub = EnrolmentStub(channel)
+            for _ in range(9):
+                key, pem = new_key()
+                request = join_pb.RenewRequest(certificate_request=certificate_request(key))
+                reply = await stub.Renew(request)
+                given.append(Credentials(pem, reply.certificate, first.authority))
+            request = join_pb.RenewRequest(certificate_request=certificate_request(key))
+            code, text = await refused(stub.Renew(request))
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "10 certificates within an hour: the one that it has stays good" in text
+        for made, good in ((first, True), (given[0], False), (given[2], False), (given[3], True)):
+            async with made.channel(federation.address) as channel:
+                poll = CoordinationStub(channel).NextTask(pb.NextTaskRequest())
+                if good:
+                    assert (await poll).WhichOneof("task") == "idle"
+                else:
+                    code, text = await refused(poll)
+                    assert (code, "replaced" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
+        store = Store(f"sqlite:///{federation.home / 'store.sqlite'}")
+        assert len(store.run(registry.admitted)) == 7
+        store.close()
+
+
 async def test_the_server_s_certificate_is_replaced_without_a_restart_and_only_when_it_is_another(
     tmp_path: Path,
 ) -> None:
