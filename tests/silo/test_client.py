@@ -15,12 +15,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from coordinator.authority import Authority
+from coordinator.wire import task_of
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import (
     CoordinationServicer,
     add_CoordinationServicer_to_server,
 )
-from silo.client import CHUNK_BYTES, Client, Way
+from secagg.coordinator.gathering import MAILBOX_BYTES, SEED_BYTES
+from secagg.events import Headers
+from secagg.messages import HASH_BYTES, Dealt, Header, Parcel, Signed, Step
+from secagg.roster import MAX_SILOS
+from silo.client import CHUNK_BYTES, LONGEST_MESSAGE, Client, Way
 from silo.errors import ProposalRefused, RefusedByCoordinator
 from silo.identity import _pem
 
@@ -38,12 +43,13 @@ class Flaky(CoordinationServicer):
         self.content = CONTENT
         self.code: grpc.StatusCode | None = None
         self.failures = 0
+        self.task: pb.Task | None = None
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.Task:
         if self.code is not None and self.failures > 0:
             self.failures -= 1
             await context.abort(self.code, "as the test wants it")
-        return pb.Task(study=request.study, idle=pb.Idle())
+        return self.task or pb.Task(study=request.study, idle=pb.Idle())
 
     async def UploadOffset(self, request: Any, context: Any) -> pb.UploadOffsetReply:
         return pb.UploadOffsetReply(committed=len(self.held))
@@ -120,6 +126,27 @@ async def test_a_download_goes_on_where_it_was_cut(
     assert len(service.served) == len(set(service.served)) == 11
     await client.download("trial", DIGEST, target, at_most=len(CONTENT))
     assert len(service.served) == 11, "what is here is not fetched again"
+
+
+def headers_of(silos: int) -> Headers:
+    """Step 2 with every field at its full size: no session of so many silos has more bytes."""
+    dealt = [Dealt(i, *5 * [bytes(HASH_BYTES)]) for i in range(1, silos + 1)]
+    body = Header(bytes(HASH_BYTES), bytes(HASH_BYTES), bytes(HASH_BYTES), tuple(dealt)).encode()
+    signed = [Signed(Step.SHARE, i, body, bytes(64)) for i in range(1, silos + 1)]
+    parcel = Parcel(bytes(MAILBOX_BYTES), bytes(SEED_BYTES))
+    return Headers(tuple(signed), dict.fromkeys(range(2, silos + 1), parcel))
+
+
+async def test_the_headers_and_parcels_of_the_largest_roster_reach_a_silo(
+    flaky: tuple[Flaky, Client, list[str | None]],
+) -> None:
+    service, client, _ = flaky
+    sent = service.task = task_of("trial", 1, headers_of(MAX_SILOS), b"", [], "")
+    assert (4 << 20) < sent.ByteSize() < 0.8 * LONGEST_MESSAGE
+    async with asyncio.timeout(30):
+        task = await client.next_task("trial", 0, 0, 1)
+    assert task == sent
+    assert [Signed.decode(raw).sender for raw in task.headers.signed] == [*range(1, 256)]
 
 
 async def test_a_file_that_was_removed_is_hashed_again_when_its_name_is_back(
