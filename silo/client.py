@@ -284,6 +284,13 @@ class Hashed:
         return self._sha256.digest()
 
 
+def detail_of(error: grpc.RpcError) -> str:
+    """What the coordinator says of it, without what a terminal would obey: it ends in logs, in
+    status.json and on the screen where people compare fingerprints."""
+    return "".join(c if c.isprintable() else " " for c in error.details() or "")
+
+
 def _describe(error: grpc.aio.AioRpcError) -> str:
     code = error.code().name.lower().replace("_", " ")
-    return f"{code}: {error.details()}" if error.details() else code
+    detail = detail_of(error)
+    return f"{code}: {detail}" if detail else code

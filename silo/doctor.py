@@ -22,7 +22,7 @@ import grpc
 
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
-from silo.client import Way
+from silo.client import Way, detail_of
 from silo.config import SiloConfig, data_path, load_config
 from silo.data.dataset import open_dataset
 from silo.enrolment import way_of
@@ -185,7 +185,7 @@ def _service(way: Way) -> Iterator[Finding]:
             _, call = ask.with_call(pb.NextTaskRequest(), timeout=_SECONDS)
             told = dict(call.initial_metadata()).get("concilium-time")
     except grpc.RpcError as error:
-        text = f"the coordinator answers {error.code().name}: {error.details()}"
+        text = f"the coordinator answers {error.code().name}: {detail_of(error)}"
         mend = "if this site was revoked or the service is down, the study centre knows"
         yield Finding("service", "problem", text, mend)
         return

@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from protos.v1 import enrolment_pb2 as pb
-from silo.client import Client, Way
+from silo.client import Client, Way, detail_of
 from silo.config import Coordinator
 from silo.errors import EnrolmentError
 from silo.files import write_file, write_json
@@ -137,7 +137,7 @@ async def _ask_until_approved(
 async def _explained(error: grpc.aio.AioRpcError, way: Way) -> EnrolmentError:
     if error.code() in _PERSISTENT:
         return EnrolmentError(await asyncio.to_thread(why_unreachable, way))
-    return EnrolmentError(f"the study centre does not take this invitation: {error.details()}")
+    return EnrolmentError(f"the study centre does not take this invitation: {detail_of(error)}")
 
 
 def why_unreachable(way: Way) -> str:

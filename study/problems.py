@@ -21,8 +21,13 @@ class PlanError(ValueError):
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One sentence per problem pydantic found in `root` or in its sections."""
-    return [_sentence(details, root) for details in error.errors()]
+    """One sentence per problem pydantic found in `root` or in its sections. A plan of others is
+    quoted there, so what a screen would obey is written as an escape."""
+    return [_escaped(_sentence(details, root)) for details in error.errors()]
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _sentence(details: ErrorDetails, root: type[BaseModel]) -> str:

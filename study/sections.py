@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from diffusion.spec import Spec
 from study.problems import PlanError
 
 Seconds = Annotated[float, Field(gt=0.0, le=30 * 86_400)]
-ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+def printable(text: str) -> str:
+    """One line of what a screen shows as it is. What else there is moves the cursor, turns the
+    direction of writing or hides, on the very screens where people compare fingerprints."""
+    if not text.isprintable():
+        hidden = next(c for c in text if not c.isprintable())
+        raise ValueError(
+            f"{text!r} holds {hidden!r}, which no screen shows as it is: use letters, digits, "
+            "punctuation and plain spaces only"
+        )
+    return text
+
+
+Line = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(printable)]
 
 
 class Study(Spec):
@@ -23,7 +37,7 @@ class Study(Spec):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """Short name: lower-case letters, digits and hyphens."""
 
-    title: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+    title: Line
     """One line for people."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -104,7 +118,7 @@ class Data(Spec):
     channels: Annotated[int, Field(ge=1, le=16)] = 1
     """1 = greyscale, 3 = RGB."""
 
-    class_names: tuple[ClassName, ...] | None = None
+    class_names: tuple[Line, ...] | None = None
     """Names of the classes of a conditional model, in the order of their labels; needed where sites
     name classes (folders, CIFAR), since each numbers only those that it has."""
 

@@ -42,13 +42,13 @@ class Flaky(CoordinationServicer):
         self.served: list[int] = []
         self.content = CONTENT
         self.code: grpc.StatusCode | None = None
-        self.failures = 0
+        self.failures, self.said = 0, "as the test wants it"
         self.task: pb.Task | None = None
 
     async def NextTask(self, request: pb.NextTaskRequest, context: Any) -> pb.Task:
         if self.code is not None and self.failures > 0:
             self.failures -= 1
-            await context.abort(self.code, "as the test wants it")
+            await context.abort(self.code, self.said)
         return self.task or pb.Task(study=request.study, idle=pb.Idle())
 
     async def UploadOffset(self, request: Any, context: Any) -> pb.UploadOffsetReply:
@@ -126,6 +126,20 @@ async def test_a_download_goes_on_where_it_was_cut(
     assert len(service.served) == len(set(service.served)) == 11
     await client.download("trial", DIGEST, target, at_most=len(CONTENT))
     assert len(service.served) == 11, "what is here is not fetched again"
+
+
+async def test_nothing_that_the_coordinator_says_moves_a_terminal(
+    flaky: tuple[Flaky, Client, list[str | None]],
+) -> None:
+    service, client, seen = flaky
+    service.said, service.failures = "it\x1b[2J is\u202e f\x9bull\u2028\nÄ", 1
+    service.code = grpc.StatusCode.UNAVAILABLE
+    await client.next_task("trial", 0, 0, 1)
+    assert seen[0] == "unavailable: it [2J is  f ull  Ä"
+    service.failures, service.code = 1, grpc.StatusCode.PERMISSION_DENIED
+    with pytest.raises(RefusedByCoordinator) as refused:
+        await client.next_task("trial", 0, 0, 1)
+    assert str(refused.value) == "permission denied: it [2J is  f ull  Ä"
 
 
 def headers_of(silos: int) -> Headers:

@@ -148,6 +148,24 @@ def test_the_first_clip_is_learning_rate_times_steps_unless_the_plan_says_otherw
     assert given.first_clip == 0.25
 
 
+@pytest.mark.parametrize("hidden", ["\\u009b", "\\u202e", "\\u2028", "\\u001b", "\\u200b"])
+def test_text_that_no_screen_shows_as_it_is_is_refused_and_quoted_as_escapes(hidden):
+    with pytest.raises(PlanError, match=r"study\.title: 'The l.*' holds .*: use letters") as title:
+        load_plan(MINIMAL.replace("The least", f"The l{hidden}east"))
+    names = f'[data]\nclass_names = ["a", "b{hidden}"]'
+    with pytest.raises(PlanError, match=r"data\.class_names\[1\]: 'b.*' holds") as name:
+        load_plan(MINIMAL.replace("[data]", names))
+    with pytest.raises(PlanError, match=r"data\..* is unknown") as key:
+        load_plan(MINIMAL.replace("[data]", f'[data]\n"x{hidden}" = "{hidden}"'))
+    for caught in (title, name, key):
+        assert all(problem.isprintable() for problem in caught.value.problems)
+
+
+def test_a_title_may_be_in_any_script():
+    title = "Röntgen – 胸部 X 線, грудь, صدر ½ (№ 7)"
+    assert load_plan(MINIMAL.replace("The least a plan can say", title)).study.title == title
+
+
 def test_wrong_toml_is_refused_with_line_and_column(tmp_path: Path):
     path = tmp_path / "broken.toml"
     path.write_text('[study]\nname = "a\n', "utf-8")
