@@ -17,11 +17,16 @@ def keep_private() -> None:
     """No core dump of this process or its children; on Linux also no debugger, and no reading of
     /proc/PID/mem, by another process of the same user.
 
-    During a session the memory holds seeds, shares and mask keys; a core file would put them on a
-    disk where nothing wipes them (prctl(2), PR_SET_DUMPABLE). A child that executes a program is
-    open to debuggers again, so secrets of the protocol stay out of the worker.
+    During a session the memory holds seeds, shares and mask keys, and a worker's holds images; a
+    core file would put them on a disk where nothing wipes them. A limit of 0 is not asked where
+    dumps are piped to a program (core(5)), a limit of 1 byte is: the kernel then starts none, and
+    writes no file either, for which it wants room for a page (fs/coredump.c). Dumpable is a
+    process's own (prctl(2), PR_SET_DUMPABLE) and ends with exec, so each child calls this anew.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A hard limit of 0, by the service's unit for example, cannot be raised.
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    most = 0 if hard == 0 else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (most, most))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:

@@ -1,5 +1,5 @@
-"""What every child process of this site begins with: it gives way, stays in its bounds, and ends
-with its parent."""
+"""What every child process of this site begins with: it gives way, stays in its bounds, keeps its
+memory to itself, and ends with its parent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import threading
+
+from silo.memory import keep_private
 
 _MIB = 1 << 20
 _pause = threading.Event()  # set by a signal, which finds no other way into a running order
@@ -21,6 +23,7 @@ def begin(niceness: int, memory_mib: int | None = None) -> None:
     the images that are mapped from the cache, and not what a GPU holds.
     """
     os.umask(0o077)
+    keep_private()  # before the first image is read: what was exec'd is open again
     os.nice(niceness)
     if memory_mib is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_mib * _MIB, memory_mib * _MIB))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from secagg.events import Confirmations, Survivors
 from secagg.primitives import Secret
 from silo.home import SiloHome
 from silo.identity import load_or_make_identity
+from silo.process import begin
 from study.quantity import CensusWork
 from tests.attacks.liar import Said
 from tests.attacks.stage import Stage
@@ -172,7 +176,7 @@ async def test_the_agent_leaves_no_core_file(fresh: Stage) -> None:
         fresh.open(CensusWork())
         await fresh.until(coordinator.Collecting)
         pid = agent.process.pid
-        assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
+        assert resource.prlimit(pid, resource.RLIMIT_CORE) == (1, 1)
         agent.process.send_signal(signal.SIGABRT)
         _, status = await asyncio.to_thread(os.waitpid, pid, 0)
         assert os.WTERMSIG(status) == signal.SIGABRT
@@ -191,3 +195,27 @@ def test_the_memory_of_the_agent_is_closed_to_other_processes_of_its_user() -> N
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["1", "0"]
+
+
+def privacy() -> tuple[tuple[int, int], int]:
+    """The limit of core files and PR_GET_DUMPABLE, of this process."""
+    dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) if sys.platform == "linux" else 0
+    return resource.getrlimit(resource.RLIMIT_CORE), dumpable
+
+
+def test_a_child_that_holds_images_is_as_private_as_the_agent() -> None:
+    """One byte, not none: where dumps are piped to a program the kernel asks for no other limit."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, begin, (0,)) as pool:
+        assert pool.submit(privacy).result() == ((1, 1), 0)
+
+
+def test_a_limit_of_core_files_that_cannot_be_raised_stays_at_none() -> None:
+    script = (
+        "import resource as r; from silo.memory import keep_private;"
+        "r.setrlimit(r.RLIMIT_CORE, (0, 0)); keep_private(); print(*r.getrlimit(r.RLIMIT_CORE))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "0"]
