@@ -47,6 +47,8 @@ class LiveStudy:
     bell: Bell = field(default_factory=Bell)
     changes: Counter[str] = field(default_factory=Counter)
     """How often each site answered the offer since this process has the study."""
+    forgotten: str = ""
+    """What a site has seen that this store does not know of."""
 
     @property
     def id(self) -> str:
@@ -82,6 +84,7 @@ class LiveStudy:
             return
         self.row, self.answers, self.certified, self.session = row, {}, 0, None
         self.changes.clear()
+        self.forgotten = ""
         self.rosters[roster.epoch] = roster
         self.bell.ring()
 
@@ -172,7 +175,10 @@ class LiveStudy:
             "it be summed again, so the study cannot go on: restore a later backup, or stop it and "
             "start a new one from its plan"
         )
-        await store.do(records.set_error, self.id, why)
+        # The first that was said, for it is one problem: each other text is an entry of the audit
+        # log, and a site could say another one in each call.
+        self.forgotten = self.forgotten or why
+        await store.do(records.set_error, self.id, self.forgotten)
         return Refused(Reason.ROUND_NOT_NEW, why)
 
     def _ended(self) -> pb.StudyEnded:

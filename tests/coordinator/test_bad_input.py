@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from coordinator import admin
+from coordinator import admin, audit
 from coordinator.config import Home
+from coordinator.store import Store
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from secagg.roster import Roster
@@ -293,6 +294,25 @@ async def test_a_site_thinks_again_about_an_offer_but_not_without_end(tmp_path: 
             assert (code, "20 times: the last one stands. Call" in text) == (DENIED, True)
         status = await federation.until(lambda: federation.study(study))
         assert {s.name: s.answer for s in status.silos}["site-1"] == "declined"
+
+
+async def test_a_silo_that_has_seen_what_never_was_fills_no_log(tmp_path: Path) -> None:
+    async with Federation(tmp_path) as federation:
+        await federation.join_four()
+        held = Held(federation)
+        await held.begin()
+        async with held.silo.credentials.channel(federation.address) as channel:
+            for session in range(7, 12):
+                request = pb.NextTaskRequest(study=held.study, epoch=1, settled_session=session)
+                code, text = await refused(CoordinationStub(channel).NextTask(request))
+                assert (code, f"has seen session {session} end" in text) == (FAILED, True)
+        place = Home(federation.home)
+        store = Store(place.database(place.config()))
+        written = store.run(lambda c: [entry.kind for entry in audit.entries(c)])
+        store.close()
+        assert written.count("study.error") == 1
+        assert "has seen session 7 end" in (federation.study(held.study).error or "")
+        await held.end()
 
 
 async def test_a_study_is_paused_and_stopped_by_the_operator(tmp_path: Path) -> None:
