@@ -119,6 +119,7 @@ _RECIPES = (
     ("fedadam", "FedAdam"),
     ("fedyogi", "FedYogi"),
     ("end", "*end*"),
+    ("end-whole", "*end-whole*"),
     ("double", "*double*"),
     ("auxiliary", "*auxiliary*"),
     ("auxiliary-3x", "*auxiliary-3x*"),
