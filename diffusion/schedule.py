@@ -74,9 +74,13 @@ def scheduler_config(schedule: ScheduleSpec, objective: ObjectiveSpec) -> dict[s
 
 
 def training_scheduler(schedule: ScheduleSpec, objective: ObjectiveSpec) -> DDPMScheduler:
-    """The scheduler stored beside a published model, so that DDPMPipeline samples it right."""
+    """The scheduler stored beside a published model, so that DDPMPipeline samples it right.
+
+    So do the schedulers made from its config: some know `clip_sample`, and those of DPM-Solver only
+    `thresholding`, which is the same where diffusers' `sample_max_value` has its default of 1.
+    """
     config = scheduler_config(schedule, objective)
-    scheduler: DDPMScheduler = DDPMScheduler(**config, clip_sample=True)
+    scheduler: DDPMScheduler = DDPMScheduler(**config, clip_sample=True, thresholding=True)
     return scheduler
 
 
@@ -89,13 +93,18 @@ def sampling_scheduler(
     posterior of arXiv 2006.11239 (7) (see arXiv 2010.02502 §4.1), in a scheduler that accepts its
     noise from outside.
 
+    All clip x_0 to [−1, 1]: at t = T − 1 of the cosine schedule 1/√alpha_bar is 20,000, and an
+    error of eps as many times as large in x_0. DPM-Solver++ has it by `thresholding` (see above).
+
     Raises ValueError when the steps do not fit the schedule (`SamplerSpec.check_against`).
     """
     sampler.check_against(schedule)
     config = scheduler_config(schedule, objective)
     scheduler: DDIMScheduler | DPMSolverMultistepScheduler
     if sampler.kind == "dpmsolver++":
-        scheduler = DPMSolverMultistepScheduler(**config, algorithm_type="dpmsolver++")
+        scheduler = DPMSolverMultistepScheduler(
+            **config, algorithm_type="dpmsolver++", thresholding=True
+        )
     else:
         scheduler = DDIMScheduler(**config, clip_sample=True)
     scheduler.set_timesteps(sampler.steps)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -14,6 +16,7 @@ from diffusion.execution import Execution
 from diffusion.loss import fixed_loss, loss_curve, loss_table
 from diffusion.model import build_model, initialise
 from diffusion.sampling import grid_png, sample
+from diffusion.schedule import alpha_bar
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, SamplerSpec, ScheduleSpec
 from diffusion.training import train
 
@@ -111,3 +114,45 @@ def test_a_grid_keeps_the_colours(tmp_path: Path) -> None:
     images[:, 1] = 90
     grid_png(images, tmp_path / "grid.png", columns=1)
     assert Image.open(tmp_path / "grid.png").convert("RGB").getpixel((20, 20)) == (0, 90, 0)
+
+
+class _NearlyIdeal(nn.Module):
+    """The best network for independent pixels from N(0, 0.4²), and an error of 0.01 beside it.
+
+    E[eps | x_t] = x_t·sqrt(1 − alpha_bar)/(0.16·alpha_bar + 1 − alpha_bar), and x_0 and v from it.
+    """
+
+    def __init__(self, schedule: ScheduleSpec, objective: ObjectiveSpec) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=1, sample_size=8, num_class_embeds=None)
+        self._alpha_bar, self._prediction = alpha_bar(schedule), objective.prediction
+        self._generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, *_: object, **__: object) -> Any:
+        bar = self._alpha_bar[t][:, None, None, None]
+        variance = 0.16 * bar + 1 - bar
+        best = {"eps": (1 - bar).sqrt(), "x0": 0.16 * bar.sqrt(), "v": 0.84 * bar.sqrt()}
+        best["v"] = best["v"] * best["eps"]
+        error = torch.randn(x_t.shape, generator=self._generator)
+        return (x_t * best[self._prediction] / variance + 0.01 * error,)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_what_is_drawn_from_pure_noise_survives_a_network_that_errs(
+    execution: Execution, sampler: str, prediction: str, kind: str
+) -> None:
+    schedule = ScheduleSpec(kind=kind)  # type: ignore[arg-type]
+    objective = ObjectiveSpec(prediction=prediction)  # type: ignore[arg-type]
+    drawn = sample(
+        _NearlyIdeal(schedule, objective),
+        256,
+        schedule=schedule,
+        objective=objective,
+        sampler=SamplerSpec(kind=sampler, steps=20),  # type: ignore[arg-type]
+        seed=3,
+        execution=execution,
+    )
+    assert (drawn / 127.5 - 1).std() == pytest.approx(0.4, abs=0.07)
+    assert (drawn / 127.5 - 1).mean() == pytest.approx(0.0, abs=0.02)

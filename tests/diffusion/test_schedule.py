@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from diffusion.schedule import (
     alpha_bar,
@@ -74,3 +76,27 @@ def test_samplers_start_at_pure_noise(kind: str) -> None:
     scheduler = sampling_scheduler(ScheduleSpec(), ObjectiveSpec(), sampler)
     assert int(scheduler.timesteps[0]) == 999
     assert len(scheduler.timesteps) == 20
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+@pytest.mark.parametrize(
+    ("kind", "theirs"), [("ddim", DDIMScheduler), ("dpmsolver++", DPMSolverMultistepScheduler)]
+)
+def test_a_published_scheduler_turns_into_the_samplers_of_a_study(
+    kind: str, theirs: Any, objective: str
+) -> None:
+    """`from_config` of what lies beside a published model steps as we do, whatever the network
+    answers: here x_0 lies far outside [−1, 1]."""
+    schedule, spec = ScheduleSpec(), ObjectiveSpec(prediction=objective)  # type: ignore[arg-type]
+    sampler = SamplerSpec(kind=kind, steps=20)  # type: ignore[arg-type]
+    ours: Any = sampling_scheduler(schedule, spec, sampler)
+    published = theirs.from_config(training_scheduler(schedule, spec).config)
+    published.set_timesteps(20)
+    assert ours.timesteps.tolist() == published.timesteps.tolist()
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for t in ours.timesteps:
+        prediction = torch.full_like(x_t, 3.0)
+        by_hand = published.step(prediction, t, x_t).prev_sample
+        x_t = ours.step(prediction, t, x_t).prev_sample
+        assert torch.equal(x_t, by_hand)
+        assert x_t.abs().max() < 10
