@@ -76,8 +76,11 @@ def sample_published(
 ) -> Images:
     """Images of a published model (`load_pipeline`) by `steps` steps of DDIM, else as `sample`.
 
-    Raises ValueError for labels that do not fit the model, and for guidance without labels.
+    Raises ValueError when the steps do not divide those that the model was trained on, for labels
+    that do not fit the model, and for guidance without labels.
     """
+    trained_on = ScheduleSpec(num_train_timesteps=pipeline.scheduler.config.num_train_timesteps)
+    SamplerSpec(kind="ddim", steps=steps).check_against(trained_on)
     model: Any = pipeline.unet
     images = _blank(model, n)
     key = torch.tensor([derive_key(seed, "sampling noise")], device=execution.device)

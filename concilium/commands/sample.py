@@ -11,7 +11,13 @@ import click
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-n", "count", type=click.IntRange(1, 100_000), default=64, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("grid.png"))
-@click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 10_000),
+    default=50,
+    show_default=True,
+    help="Of DDIM: a divisor of the steps that the model was trained on.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--label", type=click.IntRange(0), help="Of a conditional model: one class only.")
 @click.option(
@@ -50,14 +56,18 @@ def command(
         if label is not None and label >= classes:
             raise click.UsageError(f"--label {label}: {model} has the classes 0 to {classes - 1}")
         labels = even_labels(count, classes) if label is None else np.full(count, label)
-    images = sample_published(
-        published,
-        count,
-        steps=steps,
-        seed=seed,
-        execution=choose_execution(),
-        labels=labels,
-        guidance=1.0 if guidance is None else guidance,
-    )
+    execution = choose_execution()
+    try:
+        images = sample_published(
+            published,
+            count,
+            steps=steps,
+            seed=seed,
+            execution=execution,
+            labels=labels,
+            guidance=1.0 if guidance is None else guidance,
+        )
+    except ValueError as error:
+        raise click.UsageError(f"{model} cannot be sampled so: {error}") from error
     grid_png(images, out, columns=max(1, round(count**0.5)))
     click.echo(f"{count} images in {out}")

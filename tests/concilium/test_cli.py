@@ -200,6 +200,25 @@ def test_sample_draws_a_grid_from_a_model_folder(tmp_path: Path) -> None:
     assert "is no model folder" in refused.output
 
 
+@pytest.mark.parametrize(("steps", "mended"), [(300, "use 250"), (1001, "use at most 1000")])
+def test_sample_refuses_steps_that_would_draw_wrong_images(
+    tmp_path: Path, steps: int, mended: str
+) -> None:
+    from diffusion.model import build_model, initialise, save_pipeline
+    from diffusion.spec import ModelSpec, ObjectiveSpec, ScheduleSpec
+
+    spec = ModelSpec(image_size=4, block_out_channels=(8,), attention=(False,), mid_attention=False)
+    model = build_model(spec)
+    initialise(model, 1)
+    save_pipeline(tmp_path / "model", model, ScheduleSpec(), ObjectiveSpec())
+    out = tmp_path / "grid.png"
+    refused = run("sample", tmp_path / "model", "-n", "1", "--steps", str(steps), "--out", out)
+    assert refused.exit_code == 2
+    assert f"steps = {steps}" in refused.output
+    assert mended in refused.output
+    assert not out.exists()
+
+
 def test_sample_asks_a_conditional_model_for_one_class(tmp_path: Path) -> None:
     from diffusion.model import build_model, initialise, save_pipeline
     from diffusion.spec import ModelSpec, ObjectiveSpec, ScheduleSpec
