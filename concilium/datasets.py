@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silo.data.dataset import open_dataset
-from silo.errors import DataError
+from silo.errors import DataError, WrongSource
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -46,16 +46,23 @@ def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImage
     if name == "digits":
         found = digits()
         if found.images.shape[1:] != (channels, image_size, image_size):
-            raise DataMissing(f"digits are 1×8×8, not {channels}×{image_size}×{image_size}")
+            raise DataMissing(
+                f"digits are 1×8×8, not {channels}×{image_size}×{image_size}: "
+                "write image_size = 8 and channels = 1 in [data]"
+            )
         return found
     path = FASHION_MNIST if name == "fashion-mnist" else Path(name)
-    hint = "; on Debian: apt-get install dataset-fashion-mnist" if path == FASHION_MNIST else ""
+    remedy = 'correct data = "…" in [simulation]'
+    if path == FASHION_MNIST:
+        remedy = "on Debian: apt-get install dataset-fashion-mnist"
     try:
         found = _read(path, name, image_size, channels)
         tests = sorted(path.glob("t10k-images*idx3-ubyte*"))[:1]
         test = _read(tests[0], name, image_size, channels) if tests else None
+    except WrongSource as error:
+        raise DataMissing(f'data = "{name}": {error.problem}: {remedy}') from error
     except DataError as error:
-        raise DataMissing(f"data = {name!r}: {error}{hint}") from error
+        raise DataMissing(f'data = "{name}": {error}') from error
     return replace(found, test=test)
 
 
@@ -64,7 +71,8 @@ def _read(path: Path, name: str, image_size: int, channels: int) -> LabelledImag
     labels = [sample.label for sample in samples if sample.label is not None]
     if len(labels) != len(samples):
         raise DataMissing(
-            f"data = {name!r}: {len(samples) - len(labels)} of {len(samples)} images have no label"
+            f'data = "{name}": {len(samples) - len(labels)} of {len(samples)} images have no '
+            "label: give a source that has them, such as a folder with a subfolder per class"
         )
     images = np.stack([sample.pixels for sample in samples])
     return LabelledImages(images, np.array(labels, dtype=np.int64))

@@ -15,6 +15,18 @@ class DataError(SiloError):
     """The institution's images cannot be read, or not as the study needs them."""
 
 
+class WrongSource(DataError):
+    """Nothing can be read where the images should be; `problem` alone is for readers that have no
+    site.toml, such as a simulation."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)  # both, so that it can be pickled
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}"
+
+
 class EnrolmentError(SiloError):
     """The institution cannot join, or its certificate cannot be used."""
 

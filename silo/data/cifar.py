@@ -5,6 +5,9 @@
 
 The label is CIFAR-100's fine one. Names of classes are read from `batches.meta.txt` or
 `fine_label_names.txt` where they lie beside. Test images are left to others to evaluate with.
+
+Both are also published as "Python version", in files without a suffix: those are pickles, which can
+run code of whoever wrote them, and are not read.
 """
 
 from __future__ import annotations
@@ -38,8 +41,22 @@ def classes(path: Path) -> tuple[str, ...]:
 
 
 def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
-    """The files of images."""
+    """The files of images. Raises DataError for a folder with the Python version alone."""
+    if not _image_files(path) and (name := python_version(path)):
+        wanted = {"cifar-10": "data_batch_1.bin to data_batch_5.bin", "cifar-100": "train.bin"}
+        raise DataError(
+            f"{path} is the Python version of {name.upper()}: take the binary version, "
+            f"{name}-binary.tar.gz, whose images are in {wanted[name]}"
+        )
     return (Source(file, file.name) for file in _image_files(path))
+
+
+def python_version(path: Path) -> str | None:
+    """ "cifar-10" or "cifar-100" where `path` is a folder with the Python version of either."""
+    files = {"cifar-10": ("data_batch_1", "batches.meta"), "cifar-100": ("train", "test", "meta")}
+    return next(
+        (name for name, own in files.items() if all((path / file).is_file() for file in own)), None
+    )
 
 
 def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:

@@ -16,7 +16,7 @@ from silo.data.files import is_dicom, is_nifti, walk
 from silo.data.items import AS_THE_FILES_SAY, Reading, Skipped
 from silo.data.pixels import Pixels
 from silo.data.readers import PER_FILE, Reader, reader_of
-from silo.errors import DataError
+from silo.errors import DataError, WrongSource
 
 _FILES_TO_GUESS_BY = 500
 _EXAMPLES = 20
@@ -108,14 +108,13 @@ class Dataset:
 
     def _empty(self) -> DataError:
         what = f"{self.path} holds no image that can be read as {self.format}"
-        if not self.skips.counts:
-            return DataError(f"{what}: check [data] path and format in site.toml")
-        reason, count = self.skips.counts.most_common(1)[0]
-        return DataError(
-            f"{what}; {self.skips.counts.total()} files were skipped, {count} of them "
-            f"({self.skips.examples[reason][0]}, for one) because of this: {reason}. "
-            "Check [data] path and format in site.toml"
-        )
+        if self.skips.counts:
+            reason, count = self.skips.counts.most_common(1)[0]
+            what += (
+                f"; {self.skips.counts.total()} files were skipped, {count} of them "
+                f'({self.skips.examples[reason][0]}, for one) as "{reason}"'
+            )
+        return WrongSource(what, "check [data] path and format in site.toml")
 
 
 def open_dataset(
@@ -137,7 +136,7 @@ def open_dataset(
     except PermissionError as error:
         raise DataError(f"{path} may not be read by this user: change its permissions") from error
     if not exists:
-        raise DataError(f"{path} does not exist: correct [data] path in site.toml")
+        raise WrongSource(f"{path} does not exist", "correct [data] path in site.toml")
     if kind == "npz" and path.is_dir():
         path = _only_npz(path)
     if kind == "images" and not path.is_dir():
@@ -152,7 +151,7 @@ def _guess(path: Path) -> str:
     names = [p.name for p in path.iterdir()]
     if any("idx3-ubyte" in name for name in names):
         return "idx"
-    if next(cifar.files(path), None):
+    if next(cifar.files(path), None) or cifar.python_version(path):
         return "cifar"
     if any(name.endswith(".npz") for name in names):
         return "npz"
@@ -169,5 +168,7 @@ def _medical(file: Path) -> str | None:
 def _only_npz(path: Path) -> Path:
     found = sorted(path.glob("*.npz"))
     if len(found) != 1:
-        raise DataError(f"{path} holds {len(found)} .npz files: name the one to use in site.toml")
+        raise WrongSource(
+            f"{path} holds {len(found)} .npz files", "name the one to use in site.toml"
+        )
     return found[0]

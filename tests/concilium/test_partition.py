@@ -130,6 +130,35 @@ def test_published_layouts_are_read_with_their_labels(tmp_path: Path) -> None:
         load_dataset(str(tmp_path / "bare.npz"), 8)
 
 
+def test_data_that_a_simulation_cannot_read_is_corrected_in_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for path, problem in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path, "holds no image that can be read as images"),
+    ):
+        with pytest.raises(DataMissing, match=problem) as caught:
+            load_dataset(str(path), 28)
+        assert str(caught.value).startswith(f'data = "{path}": ')
+        assert str(caught.value).endswith('correct data = "…" in [simulation]')
+        assert "site.toml" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        (["data_batch_1", "data_batch_2", "batches.meta"], "cifar-10-binary.*data_batch_1.bin"),
+        (["train", "test", "meta"], "cifar-100-binary.*train.bin"),
+    ],
+)
+def test_the_python_version_of_cifar_asks_for_the_binary_one(
+    tmp_path: Path, files: list[str], wanted: str
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(DataMissing, match=f"is the Python version of.*{wanted}"):
+        load_dataset(str(tmp_path), 32, 3)
+
+
 def test_fashion_mnist_is_read_where_it_is_installed_and_missed_with_a_hint() -> None:
     if FASHION_MNIST.exists():
         assert fashion_mnist().images.shape == (60_000, 1, 28, 28)

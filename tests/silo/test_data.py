@@ -109,6 +109,8 @@ def test_empty_missing_and_unreadable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"text")
     with pytest.raises(DataError, match=r"1 files were skipped, 1 of them \(a.png, for one\)"):
         read(tmp_path)
+    with pytest.raises(DataError, match=r'as "not the content of a PNG.*": check \[data\] path'):
+        read(tmp_path)
     with pytest.raises(DataError, match="is a file: give the folder"):
         open_dataset(tmp_path / "a.png", "images", 8, 1)
 
