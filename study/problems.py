@@ -52,15 +52,19 @@ def _sentence(details: ErrorDetails, root: type[BaseModel]) -> str:
 def _walk(
     loc: Sequence[int | str], root: type[BaseModel]
 ) -> tuple[type[BaseModel], list[int | str]]:
-    """The model whose field the last step of `loc` is, and `loc` without the tag of a union."""
-    if not loc or loc[0] not in root.model_fields:
-        return root, list(loc)
-    section, rest = str(loc[0]), list(loc[1:])
-    models = list(_models(root.model_fields[section].annotation))
-    if len(models) > 1 and rest:
-        tag = rest.pop(0)
-        models = [m for m in models if m.model_fields["kind"].default == tag]
-    return (models[0] if rest else root), [section, *rest]
+    """The model whose field the last step of `loc` is, and `loc` without the tags of unions."""
+    model, path, rest = root, [], list(loc)
+    while rest:
+        path.append(step := rest.pop(0))
+        if step not in model.model_fields or not rest:
+            continue
+        models = list(_models(model.model_fields[str(step)].annotation))
+        if len(models) > 1:
+            tag = rest.pop(0)
+            models = [m for m in models if m.model_fields["kind"].default == tag]
+        if models and rest:
+            model = models[0]
+    return model, path
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -78,9 +82,11 @@ def _kinds(root: type[BaseModel], section: str) -> str:
 def _how_to_add(model: type[BaseModel], key: str, loc: Sequence[int | str]) -> str:
     if len(loc) > 1:
         meaning = model.model_fields[key].description or ""
-        return f"write `{key} = …` in [{loc[0]}] ({meaning.rstrip('.')})"
-    section = next(_models(model.model_fields[key].annotation))
-    needed = [name for name, field in section.model_fields.items() if field.is_required()]
+        section = ".".join(step for step in loc[:-1] if isinstance(step, str))
+        table = f"[[{section}]]" if isinstance(loc[-2], int) else f"[{section}]"
+        return f"write `{key} = …` in {table} ({meaning.rstrip('.')})"
+    missing = next(_models(model.model_fields[key].annotation))
+    needed = [name for name, field in missing.model_fields.items() if field.is_required()]
     return f"add a section [{key}] with {', '.join(needed)}"
 
 
@@ -110,11 +116,13 @@ def _fix(details: ErrorDetails) -> str:
         "too_long": "give at most {max_length} of them",
         "string_too_short": "give at least {min_length} characters",
         "string_too_long": "give at most {max_length} characters",
+        "int_from_float": "use a whole number",
         "int_type": "use a whole number, without quotes or decimal point",
         "float_type": "use a number, without quotes",
         "bool_type": "use true or false",
         "string_type": 'use text in quotes, "…"',
         "tuple_type": "use a list, [ … ]",
+        "dict_type": "make it a section, [name], with keys of its own",
         "model_type": "make it a section, [name], with keys of its own",
         "model_attributes_type": "make it a section, [name], with keys of its own",
         "finite_number": "use a finite number",

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from concilium.partition import Partition
 from diffusion.spec import Spec
 from study.plan import Plan, load_plan
-from study.problems import PlanError
+from study.problems import PlanError, explain
 
 Training = Literal["federated", "central", "local", "auxiliary"]
 
@@ -101,6 +101,12 @@ class Simulation(Spec):
     """What to simulate."""
 
 
+class _Table(Spec):
+    """What a simulation file has besides the plan."""
+
+    simulation: Simulation
+
+
 @dataclass(frozen=True)
 class Point:
     """One study with one seed: everything that its numbers depend on."""
@@ -153,6 +159,12 @@ class Sweep:
                     '"local" needs an unconditional model, since the model of one silo knows the '
                     "classes of that silo alone: leave out model.classes",
                 )
+            if plan.auxiliary is None and run.training == "auxiliary":
+                raise PlanError(
+                    "training",
+                    '"auxiliary" needs an auxiliary set: add [auxiliary] with `images = …` and '
+                    "[warm_up] with `steps = …`, or train otherwise",
+                )
             if simulation.secure_sum and run.training == "federated":
                 plan.validate_roster(simulation.silos)
         except PlanError as error:
@@ -170,15 +182,13 @@ def load_sweep(path: Path) -> Sweep:
     if table is None:
         raise PlanError(str(path), "has no [simulation]: add it, with data = … and silos = …")
     try:
-        simulation = Simulation.model_validate_json(json.dumps(table, default=str))
+        written = json.dumps({"simulation": table}, default=str)
+        simulation = _Table.model_validate_json(written).simulation
     except ValidationError as error:
-        problems = [
-            f"simulation.{'.'.join(map(str, found['loc']))}: {found['msg']}"
-            for found in error.errors()
-        ]
-        raise PlanError(str(path), *problems) from error
+        raise PlanError(str(path), *explain(error, _Table)) from error
     sweep = Sweep(simulation, raw)
     names = [run.name for run in simulation.run]
     if len(set(names)) != len(names):
         raise PlanError(str(path), "two runs have the same name: rename one")
+    list(sweep.points())  # every run is a plan, or none is begun
     return sweep

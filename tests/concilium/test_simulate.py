@@ -315,7 +315,7 @@ def test_one_model_per_silo_is_refused_where_it_would_not_know_the_other_classes
 ) -> None:
     path = study(tmp_path, {"local": 'training = "local"'}, **CONDITIONAL)
     with pytest.raises(PlanError, match="knows the classes of that silo alone"):
-        next(load_sweep(path).points())
+        load_sweep(path)
 
 
 def test_the_union_costs_what_the_page_says(tmp_path: Path) -> None:
@@ -387,4 +387,44 @@ def test_what_is_wrong_with_a_simulation_is_said_where_it_is(tmp_path: Path) -> 
         load_sweep(path)
     broken = study(tmp_path, {"a": 'plan.strategy = {kind = "fedsgd"}'})
     with pytest.raises(PlanError, match='run "a".*fedsgd'):
-        list(load_sweep(broken).points())
+        load_sweep(broken)
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        ("silos = 4", "silos = 0", "simulation.silos = 0: use at least 1"),
+        ("silos = 4", "silos = 2.5", "simulation.silos = 2.5: use a whole number"),
+        ("silos = 4", "", "simulation.silos is missing: write `silos = …` in [simulation]"),
+        ("silos = 4", "silo = 4", "simulation.silo = 4 is unknown: did you mean silos?"),
+        ("alpha = 0.5", "alpha = -1", "simulation.partition.alpha = -1: use more than 0"),
+        ("alpha = 0.5", "alhpa = 1", "partition.alhpa = 1 is unknown: did you mean alpha?"),
+        (
+            'name = "a"',
+            "",
+            "simulation.run[0].name is missing: write `name = …` in [[simulation.run",
+        ),
+        ('name = "a"', 'name = "a"\ntraning = "local"', "did you mean training?"),
+        ('name = "a"', 'name = "a"\ntraining = "alone"', "'federated', 'central', 'local'"),
+        ('name = "a"', 'name = "a"\nplan = 3', "simulation.run[0].plan = 3: make it a section"),
+    ],
+)
+def test_a_wrong_key_of_a_simulation_is_said_with_its_value_and_what_to_write(
+    tmp_path: Path, written: str, instead: str, said: str
+) -> None:
+    path = study(tmp_path, {"a": ""})
+    assert written in path.read_text("utf-8")
+    path.write_text(path.read_text("utf-8").replace(written, instead), "utf-8")
+    with pytest.raises(PlanError) as caught:
+        load_sweep(path)
+    assert said in str(caught.value)
+
+
+def test_training_on_an_auxiliary_set_that_is_not_planned_is_refused_before_any_run(
+    tmp_path: Path,
+) -> None:
+    path = study(tmp_path, {"a": "", "aux": 'training = "auxiliary"'})
+    text = path.read_text("utf-8")
+    path.write_text(text.replace("[auxiliary]\nimages = 60\n", ""), "utf-8")
+    with pytest.raises(PlanError, match='run "aux".*training.*add \\[auxiliary\\] with `images'):
+        load_sweep(path)
