@@ -284,7 +284,7 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
 
 
 def _best_baseline(runs: Runs) -> str:
-    kinds = {name: re.sub(r"-0-\d+$", "", name) for name in runs}
+    kinds = {name: re.sub(r"-\d+(-\d+)?$", "", name) for name in runs}
     there = {name: some for name, some in runs.items() if kinds[name] in BASELINES}
     most = max((len(some) for some in there.values()), default=0)
     means = {n: mean(finals(some, "fid")) for n, some in there.items() if len(some) == most}

@@ -63,6 +63,8 @@ def test_another_constant_of_a_usual_strategy_competes_where_it_has_all_the_seed
     one, two = made(1, 0.9, 0.2), made(2, 0.9, 0.28)
     assert tables.ratios(RUNS | {"fedadam-0-03": [one]})["best_baseline"] == "scaffold"
     assert tables.ratios(RUNS | {"fedadam-0-03": [one, two]})["best_baseline"] == "fedadam-0-03"
+    for name in ("scaffold-1-25", "fedprox-1"):
+        assert tables.ratios(RUNS | {name: [one, two]})["best_baseline"] == name
     assert tables.ratios(RUNS | {"fedavg-end": [one, two]})["best_baseline"] == "scaffold"
 
 
