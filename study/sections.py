@@ -137,7 +137,9 @@ class WarmUp(Spec):
 
     patience: Annotated[int, Field(ge=1, le=1000)] | None = None
     """w: the model has converged when the loss of the silo's own held-out images was not improved
-    in so many checks; absent = all steps are taken."""
+    in so many checks. Absent = `steps` is no cap but a fixed count, which no criterion ends: 2 is
+    what the shipped plans say. That is no default, since a plan that sites have agreed to without
+    it would come to mean something else."""
 
     improvement: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     """x: by how much, relative to the best loss so far, a check has to be better to count."""

@@ -9,6 +9,7 @@ import click
 from concilium.commands.coordinator import home_option, plainly
 from coordinator import admin
 from study.plan import Plan, load_plan
+from study.sections import WarmUp
 from study.strategies import FedDDPMPlus
 
 _plan = click.argument("plan", type=click.Path(path_type=Path, exists=True, dir_okay=False))
@@ -132,7 +133,7 @@ def _described(plan: Plan, silos: int) -> str:
     if plan.auxiliary and plan.warm_up:
         lines.append(
             f"  auxiliary   {plan.auxiliary.images} synthetic images leave the sites in an "
-            f"anonymous union, after {plan.warm_up.steps} local steps"
+            f"anonymous union, {_warmed(plan.warm_up)}"
         )
         if share := plan.strategy.local_rules().auxiliary_share:
             lines.append(
@@ -159,6 +160,18 @@ def _classes(plan: Plan) -> str:
         return ""
     names = f" ({', '.join(plan.data.class_names)})" if plan.data.class_names else ""
     return f", {plan.model.classes} classes{names}, guidance {plan.sampler.guidance:g}"
+
+
+def _warmed(rules: WarmUp) -> str:
+    if rules.patience is None:
+        return (
+            f"after {rules.steps} local steps,\n              converged or not: for a criterion, "
+            "write patience = 2 in [warm_up]"
+        )
+    return (
+        f"after at most {rules.steps} local steps,\n              until {rules.patience} checks in "
+        f"a row improve by less than {100 * rules.improvement:g}%"
+    )
 
 
 def _until(plan: Plan) -> str:
