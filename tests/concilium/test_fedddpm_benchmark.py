@@ -199,6 +199,18 @@ def test_a_sweep_has_a_picture(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "study", sorted((fedddpm.HERE / "studies").glob("fashion-*.toml")), ids=lambda p: p.stem
+)
+def test_images_of_fashion_that_no_silo_has_did_not_train_the_feature_network(study: Path) -> None:
+    """Its t10k images did, which a simulation takes where the silos have all of the others."""
+    for point in load_sweep(study).points():
+        seen, of = point.simulation.images, point.plan.evaluation
+        assert of is not None
+        assert seen is not None
+        assert seen + of.samples <= 60_000
+
+
 def test_no_run_that_is_kept_would_share_otherwise_today() -> None:
     """Runs from before silos could stop sharing are kept: none of them comes near its set."""
     judged = 0
