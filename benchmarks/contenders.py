@@ -110,16 +110,17 @@ def our_step(device: str, execution: Execution | None = None) -> Job:
 def our_step_replayed(device: str) -> Job:
     """Our step captured in a CUDA graph. Its number stays that of the capture; its work does not
     depend on it."""
-    step, about = our_step(device)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles everything; a capture may not
-        for _ in range(3):
+    # All on the stream of the capture: what lives on another would make that one wait for it.
+    with torch.cuda.stream(side):
+        step, about = our_step(device)
+        for _ in range(3):  # compiles everything; a capture may not
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            step()
+    torch.cuda.synchronize()
     return graph.replay, about | {"how": about["how"].replace("eager", "replayed CUDA graph")}
 
 

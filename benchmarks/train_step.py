@@ -11,29 +11,82 @@ and ours replayed from a CUDA graph; `launch_p50_ms` is the time until the host 
 The aim is against diffusers' example as it is, in float32. Ratios are those
 of CPU time where one thread computes, since on a shared machine the wall clock tells of the
 neighbours, and of wall clock elsewhere.
+
+Results are written after every round. A contender that fails or hangs costs no other its figures:
+its row says why. On CUDA diffusers' example and ours, of which the aim is, are measured first, and
+the others after them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import lucidrains
 from benchmarks.contenders import FORMS, ON_CUDA
-from benchmarks.measure import Report, side_by_side
+from benchmarks.measure import Report, Times
 from benchmarks.worker import Unavailable, Worker
 
 _COLUMNS = ("step", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "peak_mib", "parameters", "how")
-STEP_TARGETS = {"cpu": (2.5, 5.0), "cuda": (1.5, None)}
+STEP_TARGETS = {"cpu": {"diffusers": 2.5, "lucidrains": 5.0}, "cuda": {"diffusers": 1.5}}
+_WARMUP = 2
 
 
-def _starters(
+@dataclass
+class Contender:
+    """One row: a worker's, or why there is none."""
+
+    name: str
+    start: Callable[[], Worker]
+    worker: Worker | None = None
+    why: str = "not started"
+
+    def attempt(self, job: Callable[[], Any]) -> None:
+        """What fails ends this contender and no other."""
+        try:
+            job()
+        except Unavailable as reason:
+            self.worker, self.why = None, str(reason)
+
+    def begin(self) -> None:
+        self.worker = self.start()
+
+    def seconds(self, of: str) -> list[float]:
+        """Those of the rounds that count: wall, cpu or launch."""
+        kept: list[float] = getattr(self.worker, f"{of}_seconds", [])
+        return kept[_WARMUP:]
+
+    def p50(self, of: str) -> float | None:
+        taken = self.seconds(of)
+        return float(np.median(taken)) if taken else None
+
+    def row(self, device: str) -> dict[str, object]:
+        made: dict[str, object] = dict.fromkeys(_COLUMNS) | {"step": self.name}
+        made |= {"launch_p50_ms": None} if device == "cuda" else {}
+        if self.worker is None:
+            return made | {"how": self.why}
+        if taken := self.seconds("wall"):
+            made |= Times(tuple(taken)).milliseconds()
+            made |= {"cpu_p50_ms": _milliseconds(self.p50("cpu"), 1)}
+            if device == "cuda":
+                made |= {"launch_p50_ms": _milliseconds(self.p50("launch"), 3)}
+        return made | self.worker.about
+
+
+def _milliseconds(seconds: float | None, digits: int) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, digits)
+
+
+def _contenders(
     device: str, threads: int, peer: bool, forms: tuple[str, ...]
-) -> dict[str, Callable[[], Worker]]:
+) -> dict[str, Contender]:
     def own(name: str) -> Callable[[], Worker]:
         arguments = ["benchmarks.contenders", name, device]
         return lambda: Worker(sys.executable, arguments, threads)
@@ -43,8 +96,9 @@ def _starters(
             raise Unavailable("left out")
         return Worker(lucidrains.environment(), ["benchmarks.lucidrains", device], threads)
 
-    own_ones = {name: own(name) for name in ("diffusers", "ours", *forms)}
-    return own_ones | {"lucidrains": other}
+    names = ("diffusers", "lucidrains", "ours", *forms)
+    starts = {name: own(name) for name in names} | {"lucidrains": other}
+    return {name: Contender(name, starts[name]) for name in names}
 
 
 def measure(
@@ -55,52 +109,52 @@ def measure(
     rounds: int,
     peer: bool = True,
     forms: tuple[str, ...] = (),
+    save: Callable[[], object] = lambda: None,
 ) -> None:
-    """Add the rows and targets of one device; those of a device that is not there say so. `forms`:
-    these contenders as well, of whom nothing is aimed at."""
-    names = ("diffusers", "lucidrains", "ours", *forms)
-    workers: dict[str, Worker] = {}
-    why: dict[str, str] = dict.fromkeys(names, f"no {device} device")
-    if device == "cpu" or torch.cuda.is_available():
-        for name, start in _starters(device, threads, peer, forms).items():
-            try:
-                workers[name] = start()
-            except Unavailable as reason:
-                why[name] = str(reason)
-    jobs = {name: worker.step for name, worker in workers.items()}
-    taken = {}
-    if jobs:
-        taken = side_by_side(jobs, rounds=rounds, warmup=2, time_job=lambda step: step())
-    for name in names:
-        row: dict[str, object] = dict.fromkeys(_COLUMNS) | {"step": name}
-        row |= {"launch_p50_ms": None} if device == "cuda" else {}
-        if name in taken:
-            cpu = round(1e3 * _p50(workers[name].cpu_seconds, rounds), 1)
-            row |= taken[name].milliseconds() | {"cpu_p50_ms": cpu}
-            if device == "cuda":
-                row["launch_p50_ms"] = round(1e3 * _p50(workers[name].launch_seconds, rounds), 3)
-            row |= workers[name].finish()
-        else:
-            row["how"] = why[name]
-        report.row(**row)
-    seconds = {name: times.p50 for name, times in taken.items()}
-    if device == "cpu" and threads == 1:
-        seconds = {name: _p50(workers[name].cpu_seconds, rounds) for name in taken}
-    for name, least in zip(names, STEP_TARGETS[device], strict=False):
-        if least is not None:
-            ratio = _ratio(seconds, name)
-            suffix = "" if device == "cpu" else "_cuda"
-            report.target(f"step_vs_{name}{suffix}", ratio, "x", at_least=least)
+    """The rows and targets of one device; those of a device that is not there say so. `forms`:
+    these contenders as well, of whom nothing is aimed at. `save` is called after every round."""
+    contenders = _contenders(device, threads, peer, forms)
+    by = "cpu" if device == "cpu" and threads == 1 else "wall"
+
+    def keep() -> None:
+        _fill(report, contenders, device, by)
+        save()
+
+    if device == "cuda" and not torch.cuda.is_available():
+        for contender in contenders.values():
+            contender.why = f"no {device} device"
+        keep()
+        return
+    first = ("diffusers", "ours") if device == "cuda" else tuple(contenders)
+    for together in (first, tuple(name for name in contenders if name not in first)):
+        _take_turns([contenders[name] for name in together], rounds, keep)
 
 
-def _p50(seconds: list[float], rounds: int) -> float:
-    return float(np.median(seconds[-rounds:]))
+def _take_turns(contenders: list[Contender], rounds: int, keep: Callable[[], None]) -> None:
+    for contender in contenders:
+        contender.attempt(contender.begin)
+    for done in range(_WARMUP + rounds):
+        running = [c for c in contenders if c.worker]
+        first = done % len(running) if running else 0
+        for contender in running[first:] + running[:first]:
+            if contender.worker:
+                contender.attempt(contender.worker.step)
+        keep()
+    for contender in contenders:
+        if contender.worker:
+            contender.attempt(contender.worker.finish)
+    keep()
 
 
-def _ratio(seconds: dict[str, float], name: str) -> float | None:
-    if name not in seconds or "ours" not in seconds:
-        return None
-    return round(seconds[name] / seconds["ours"], 2)
+def _fill(report: Report, contenders: dict[str, Contender], device: str, by: str) -> None:
+    """All rows and targets, as far as they have come."""
+    report.rows[:] = [contender.row(device) for contender in contenders.values()]
+    report.targets.clear()
+    ours, suffix = contenders["ours"].p50(by), "" if device == "cpu" else "_cuda"
+    for name, least in STEP_TARGETS[device].items():
+        theirs = contenders[name].p50(by)
+        ratio = None if ours is None or theirs is None else round(theirs / ours, 2)
+        report.target(f"step_vs_{name}{suffix}", ratio, "x", at_least=least)
 
 
 def main() -> None:
@@ -118,8 +172,9 @@ def main() -> None:
     forms = tuple(FORMS) if given.forms else ()
     if given.device == "cuda":
         forms = tuple(name for name in ON_CUDA if not (given.no_compile and "compiled" in name))
+    save = functools.partial(report.write, given.json) if given.json else lambda: None
     measure(report, given.device, threads=given.threads, rounds=given.rounds,
-            peer=not given.without_lucidrains, forms=forms)  # fmt: skip
+            peer=not given.without_lucidrains, forms=forms, save=save)  # fmt: skip
     report.finish(given.json)
 
 
