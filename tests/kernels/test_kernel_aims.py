@@ -1,9 +1,10 @@
-"""What `benchmarks.kernels` says of its aims where there is no GPU to measure them on."""
+"""What `benchmarks.kernels` says of its aims, with a GPU and where there is none."""
 
 import pytest
 import torch
 
-from benchmarks.kernels import AIMS, measure
+from benchmarks.kernel_cases import NOISE, Case
+from benchmarks.kernels import AIMS, Measured, _first_cause, _target, measure
 from benchmarks.measure import Report
 
 
@@ -17,3 +18,60 @@ def test_without_a_gpu_every_aim_is_listed_as_not_measured(capsys):
     for op in AIMS:
         assert f"\n  {op}_" in shown
     assert shown.count("): not measured") == len(report.targets) == len(AIMS) + 1
+
+
+def _aim(op, measured, copied=0.0):
+    report = Report("fused operations")
+    _target(report, op, measured, copied)
+    return [(target.value, target.unit) for target in report.targets]
+
+
+def test_what_was_not_captured_has_no_aim_rather_than_one_by_another_clock():
+    not_captured = Measured(2.0, uncaptured="operation not permitted")
+    assert _aim("mask_add", {"ours": not_captured}) == [(None, "ms")]
+    assert _aim("adamw_ema", {"ours": not_captured}, 1.0) == [(None, "of copy bandwidth")]
+    both = {"ours": Measured(2.0, 1.0), "eager": not_captured, "compile": Measured(9.0, 3.0)}
+    assert _aim("group_norm_silu", both) == [(None, "x"), (3.0, "x")]
+    assert not_captured.clock == "wall clock; not captured: operation not permitted"
+
+
+def test_what_makes_noise_is_held_to_the_longer_of_copy_and_noise():
+    ours, noise = Measured(9.0, 2.0), Measured(9.0, 1.8)
+    assert _aim("q_sample", {"ours": ours, NOISE: noise}, 1.0) == [
+        (0.9, "of the noise's arithmetic")
+    ]
+    assert _aim("q_sample", {"ours": ours, NOISE: noise}, 1.9) == [(0.95, "of copy bandwidth")]
+
+
+def test_bytes_that_never_move_have_no_share_of_the_copy_bandwidth():
+    masks = Case("mask_add", None, list, keystream=4 * 10**9)
+    assert masks.rates("ours", 2.0, 1e9) == {"gb_s": 2.0, "of_copy": "arithmetic"}
+    small = Case("q_sample, batch 128", None, list)
+    assert set(small.rates("ours", 2.0, 1e9).values()) == {"in cache"}
+
+
+def test_the_reason_is_what_failed_first():
+    def fail():
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as raised:
+        fail()
+    assert _first_cause(raised.value) == "operation not permitted"
+
+
+def test_a_case_that_fails_costs_no_other_its_row(monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    cases = {"one": lambda device: [Case("bad", None, fail), Case("good", 8, lambda: None)]}
+    monkeypatch.setattr("benchmarks.kernels.GROUPS", cases)
+    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda device: 1e9)
+    report = Report("fused operations")
+    measure(report, "cpu", rounds=1, compiled=False)
+    _, bad, good = report.rows
+    assert (bad["p50_ms"], bad["rates_of"]) == (None, "not measured: out of memory")
+    assert good["rates_of"] == "wall clock"
+    assert good["p50_ms"] is not None
