@@ -4,10 +4,6 @@ not be tried. `benchmarks.gpu_session` runs them.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +11,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.worker import ROOT
+from kernels._mask_add_cpu import mask_add_reference
 from kernels.noise import _normal_kernel, fill_normal_reference
 
-SANITIZER_SECONDS = 240
 _PAST = (1 << 31) + (1 << 20) + 5
 
 
@@ -159,7 +154,9 @@ def _assert_close(here: list[Tensor], there: list[Tensor], tolerance: float) -> 
     for ours, theirs in zip(here, there, strict=True):
         assert ours.data_ptr() != theirs.data_ptr(), "compared with itself"
         largest = ours.abs().max().item()
-        torch.testing.assert_close(theirs.cpu(), ours, rtol=tolerance, atol=tolerance * largest)
+        torch.testing.assert_close(
+            theirs.cpu(), ours.cpu(), rtol=tolerance, atol=tolerance * largest
+        )
 
 
 def elementwise_ops_are_those_of_the_cpu(device: str = "cuda") -> str:
@@ -230,15 +227,48 @@ def more_than_2_to_the_31_elements_in_a_batch(
 
 
 def masks_of_more_than_2_to_the_31_elements(device: str = "cuda", n: int = _PAST) -> str:
+    """Two tensors that meet in the last 700 elements; what is compared is the vector's end."""
+    tail, sizes = slice(n - 1000, n), [n - 700, 700]
+    quantisers = {
+        where: kernels.Quantiser.of(
+            ring=8, sizes=sizes, clips=[2.0**-6, 2.0**-4], count=3, total_count=7, scale=99,
+            silo=4, device=where,
+        ) for where in (device, "cpu")
+    }  # fmt: skip
     keys = torch.arange(64, dtype=torch.uint8, device=device).view(2, 32)
-    named = {"keys": keys, "signs": torch.tensor([1, -1], device=device)}
-    words = torch.zeros(n, dtype=torch.int8, device=device)
-    kernels.add_masks_(words, **named)
-    tail = torch.zeros(1000, dtype=torch.int8)
-    on_cpu = {name: value.cpu() for name, value in named.items()}
-    kernels.add_masks_(tail, **on_cpu, first=n - 1000)
-    assert torch.equal(words[-1000:].cpu(), tail)
-    return f"{n} words of 8 bits, the last 1,000 compared with the CPU's"
+    signs = torch.tensor([1, -1], device=device)
+    delta, residual = (torch.randn(n, device=device) * 0.01 for _ in range(2))
+    words, carried, _ = kernels.mask_add(
+        delta, residual, quantisers[device], rounding_key=keys[0], keys=keys, signs=signs
+    )
+    q, words_here, carried_here = quantisers["cpu"], words.new_zeros(1000).cpu(), torch.zeros(1000)
+    as_words = keys.cpu().view(torch.int32)
+    mask_add_reference(
+        words_here, delta[tail].cpu(), residual[tail].cpu(), carried_here,
+        q.ends, q.up, q.down, q.bounds, q.point, as_words[0], as_words, signs.cpu(), n - 1000,
+    )  # fmt: skip
+    assert torch.equal(words[tail].cpu(), words_here), "words differ"
+    assert torch.equal(carried[tail].cpu(), carried_here), "residuals differ"
+    kernels.add_masks_(words, keys=keys, signs=-signs)  # without masks: what was quantised
+    kernels.add_masks_(words_here, keys=keys.cpu(), signs=-signs.cpu(), first=n - 1000)
+    assert torch.equal(words[tail].cpu(), words_here), "words without masks differ"
+    return f"{n} elements quantised and masked to 8 bits, the last 1,000 compared with the CPU's"
+
+
+def optimiser_of_more_than_2_to_the_31_elements(device: str = "cuda", n: int = _PAST) -> str:
+    """The end of the buffers after a step, against a step of that end alone."""
+    whole = [torch.rand(n, device=device) for _ in range(5)]
+    grad = whole[1].bfloat16()
+    ends = [buffer[-1000:].clone() for buffer in (whole[0], grad, *whole[2:])]
+    for param, gradient, m, v, average in ((whole[0], grad, *whole[2:]), ends):
+        kernels.adamw_ema_(
+            param, gradient, m, v, lr=torch.tensor(1e-2, device=device),
+            step=torch.tensor(3, device=device), weight_decay=0.1, ema=average,
+            ema_decay=torch.tensor(0.9, device=device),
+        )  # fmt: skip
+    compared = [(whole[0], ends[0]), *zip(whole[2:], ends[2:], strict=True)]
+    _assert_close([end for _, end in compared], [all_[-1000:] for all_, _ in compared], 1e-6)
+    return f"{n} parameters, the last 1,000 compared with a step of theirs alone"
 
 
 def a_second_stream() -> str:
@@ -248,9 +278,9 @@ def a_second_stream() -> str:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with torch.cuda.stream(side):  # once for the memory: to get some may wait for everything
-        for op in OPS:
-            batch.run(op)
+        got = {op: batch.run(op) for op in OPS}
     torch.cuda.synchronize()
+    got.clear()
     torch.cuda._sleep(2_000_000_000)  # a second of the first stream
     with torch.cuda.stream(side):
         got = {op: batch.run(op) for op in OPS}
@@ -344,36 +374,21 @@ def replays_of_a_training_step_are_its_steps(device: str = "cuda", steps: int = 
     return f"{steps} steps, the same bits by hand and replayed"
 
 
-def compute_sanitizer_finds_nothing() -> str | None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return None
-    proofs = (masks_have_the_bits_of_the_cpu, normals_have_the_bits_of_the_cpu,
-              a_batch_past_the_limits_of_a_grid, norms_are_those_of_the_cpu)  # fmt: skip
-    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_session"]
-    done = subprocess.run(
-        [*command, "--one", *(proof.__name__ for proof in proofs)],
-        # every tensor an allocation of its own, so that what lies beside it is out of bounds
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=SANITIZER_SECONDS - 20,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:]
-    return "memcheck over noise, masks, loss, sampler and norms"
-
-
-PROOFS: tuple[Callable[[], str | None], ...] = (
+QUICK: tuple[Callable[[], str | None], ...] = (
     normals_have_the_bits_of_the_cpu,
     masks_have_the_bits_of_the_cpu,
     blocks_and_warps_leave_the_bits_alone,
     a_batch_past_the_limits_of_a_grid,
     norms_are_those_of_the_cpu,
     elementwise_ops_are_those_of_the_cpu,
+    n_replays_make_n_noises,
+    replays_of_a_training_step_are_its_steps,
+    a_second_stream,
+    a_second_gpu,
+)
+LARGE: tuple[Callable[[], str | None], ...] = (  # up to 45 GB of the device's memory
     more_than_2_to_the_31_elements_in_a_sample,
     more_than_2_to_the_31_elements_in_a_batch,
     masks_of_more_than_2_to_the_31_elements,
-    a_second_stream,
-    a_second_gpu,
-    n_replays_make_n_noises,
-    replays_of_a_training_step_are_its_steps,
-    compute_sanitizer_finds_nothing,
+    optimiser_of_more_than_2_to_the_31_elements,
 )

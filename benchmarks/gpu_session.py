@@ -1,128 +1,256 @@
-"""Everything that only a GPU can prove or time, in one go, wherever there is one.
+"""Everything that only a GPU can prove or time, in one go or in several, wherever there is one.
 
-    python -m benchmarks.gpu_session [--results FOLDER] [--quick]
+    python -m benchmarks.gpu_session [--seconds 800] [--only PART] [--results FOLDER] [--quick]
 
-Proofs (`benchmarks.gpu_proofs`): the normals and the masks have the bits of the CPU; more than 2^31
-elements; a second stream and a second GPU; N replays of a captured graph make N noises, and those
-of a whole training step its steps; blocks, warps and batches of any size leave the bits alone;
-every op's result is that of the CPU; compute-sanitizer where it is installed. Then the tables of
-`benchmarks.kernels` and `benchmarks.train_step`.
+In this order: proofs that take seconds (`benchmarks.gpu_proofs`: bits, streams, graphs, grids); the
+tables of `benchmarks.kernels`, group by group, and of `benchmarks.train_step`; proofs with more
+than 2^31 elements; compute-sanitizer where it is installed and may watch the device. `--only
+proofs`, `kernels` or `train_step`, which may be given several times, leaves the others out.
 
-Every part is a process of its own with a time limit, 30 minutes in all, and the results are written
-after each, so that a part that fails, hangs or breaks the device costs no other its result. Nothing
-needs a network. Everything goes to benchmarks/results/<device>.json. Without a GPU every part says
-'not measured', and nothing is written unless a folder is named.
+No part starts once `--seconds` are spent, and each has a limit of its own, cut to what is left.
+Tables are processes of their own; proofs share one, and those after one that failed or hung go on
+in another. Results go to benchmarks/results/<device>.json after each part and join what is there of
+the same GPU, torch and triton: parts that were left out keep theirs. A file of other versions is
+left alone, and theirs get a name with the versions. Nothing needs a network. Without a GPU every
+part says 'not measured', and nothing is written unless a folder is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from benchmarks.gpu_proofs import PROOFS, SANITIZER_SECONDS
-from benchmarks.measure import NOT_MEASURED, Report, Target
-from benchmarks.worker import ROOT
+from benchmarks.gpu_proofs import LARGE, QUICK
+from benchmarks.gpu_sanitizer import SANITIZER_SECONDS, compute_sanitizer_finds_nothing
+from benchmarks.kernel_cases import GROUPS
+from benchmarks.measure import NOT_MEASURED, Report, Target, machine
+from benchmarks.worker import ROOT, Child
 
 RESULTS = ROOT / "benchmarks" / "results"
+PROOFS = (*QUICK, *LARGE, compute_sanitizer_finds_nothing)
+PARTS = ("proofs", "kernels", "train_step")
+PROOF_SECONDS = {compute_sanitizer_finds_nothing.__name__: SANITIZER_SECONDS + 20}
+TABLE_SECONDS = {"masks": 60, "norms": 120, "optimiser": 60, "elementwise": 240, "train_step": 300}
+_ORDER = ("proofs", *(f"kernels: {group}" for group in GROUPS), "train_step")
+_SPENT = f"{NOT_MEASURED}: the session's seconds were spent"
+_LEAST_SECONDS = 15.0  # no process starts with less: it would end among its imports
+_VERSIONS = ("gpu", "torch", "triton")
+Row = dict[str, Any]
 
 
-PROOF_SECONDS, TABLE_SECONDS = 60, {"kernels": 420, "train_step": 360}
+def _of(row: Row) -> tuple[Any, ...]:
+    """What a row is about: one of the same part and thing takes its place."""
+    return row["part"], *(row.get(name) for name in ("proof", "table", "op", "step"))
 
 
-def _part(arguments: list[str], seconds: int) -> str:
-    """What a part that runs in a process of its own says; raises RuntimeError where it fails."""
+class Session:
+    """The results so far, in memory and in the file, and the time that is left."""
+
+    def __init__(self, path: pathlib.Path | None, seconds: float, command: str) -> None:
+        self._end = time.monotonic() + seconds
+        self.report, self.path = Report("GPU session", commands=[command]), path
+        self.failed = 0
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            self.report.rows = kept["rows"]
+            self.report.targets = _targets(kept)
+            self.report.commands = list(dict.fromkeys([*kept.get("commands", ()), command]))
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def put(self, part: str, rows: Sequence[Row], targets: Sequence[Target] = ()) -> None:
+        """They take the places of what they measure anew."""
+        new, names = [row | {"part": part} for row in rows], {target.name for target in targets}
+        about = {_of(row) for row in new}
+        self.failed += sum(str(row.get("result")).startswith("FAILED") for row in new)
+        rest = [row for row in self.report.rows if _of(row) not in about]
+        self.report.rows = sorted([*rest, *new], key=lambda row: _ORDER.index(row["part"]))
+        kept = [target for target in self.report.targets if target.name not in names]
+        self.report.targets = [*kept, *targets]
+        self.save()
+
+    def put_spent(self, part: str, row: Row) -> None:
+        """Where nothing is known yet; an earlier session may have measured it."""
+        new = row | {"part": part, "result": _SPENT}
+        of_part = [old for old in self.report.rows if old["part"] == part]
+        known = of_part if "table" in row else [old for old in of_part if _of(old) == _of(new)]
+        if not known:
+            self.put(part, [row | {"result": _SPENT}])
+
+    def drop(self, part: str, key: str) -> None:
+        """What said that a table had failed."""
+        self.report.rows = [r for r in self.report.rows if r["part"] != part or key not in r]
+
+    def save(self) -> None:
+        if self.path is not None:
+            self.report.write(self.path)
+
+
+def _targets(result: dict[str, Any]) -> list[Target]:
+    fields = [field.name for field in dataclasses.fields(Target)]
+    return [Target(*(target[name] for name in fields)) for target in result["targets"]]
+
+
+@contextlib.contextmanager
+def _child(arguments: Sequence[str]) -> Iterator[Child]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = Child([sys.executable, "-m", *arguments], environment, leader=True)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, env=environment,
-            capture_output=True, text=True, check=False, timeout=seconds,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not finished after {seconds} s") from None
-    if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip().rpartition("\n")[2][-500:])
-    return done.stdout.strip()
+        yield child
+    finally:
+        child.end(patience=0)
 
 
-def prove(report: Report, save: Callable[[], None]) -> None:
-    """A row for every proof."""
+def prove(session: Session, proofs: Sequence[Callable[[], str | None]]) -> None:
+    """A row for every proof, from as few processes as there are failures, and one."""
+    names = [proof.__name__ for proof in proofs]
+    while names:
+        if not torch.cuda.is_available():
+            session.put("proofs", [{"proof": _title(name), "result": None} for name in names])
+            return
+        if session.left() < _LEAST_SECONDS:
+            for name in names:
+                session.put_spent("proofs", {"proof": _title(name)})
+            return
+        with _child(["benchmarks.gpu_session", "--one", *names]) as child:
+            failed = False
+            while names and not failed:
+                result = _answer(session, child, names[0])
+                failed = str(result).startswith("FAILED")
+                if result == _SPENT:
+                    break
+                session.put("proofs", [{"proof": _title(names.pop(0)), "result": result}])
+
+
+def _title(proof: str) -> str:
+    return proof.replace("_", " ")
+
+
+def _answer(session: Session, child: Child, proof: str) -> str | None:
+    """What the child says of the proof; None where it could not be tried."""
+    limit = min(PROOF_SECONDS.get(proof, 90), max(0.0, session.left()))
+    try:
+        while (line := child.line(limit)) is not None:
+            name, _, result = line.partition(" ")
+            if name == proof:
+                return None if result == str(None) else result
+    except TimeoutError as late:
+        return _SPENT if session.left() <= 0 else f"FAILED: {late}"
+    return f"FAILED: {child.last_words()}"
+
+
+def tabulate(session: Session, part: str, limit: float, module: str, options: list[str]) -> None:
+    """The rows and targets of a table, as far as it came, and a row that says why no further."""
+    if session.left() < _LEAST_SECONDS:
+        session.put_spent(part, {"table": module})
+        return
+    limit = min(limit, session.left())
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "table.json"
+        failure = _run([f"benchmarks.{module}", *options, "--json", str(path)], limit)
+        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "targets": []}
+    session.drop(part, "table")
+    if failure is not None:
+        missing = "ModuleNotFoundError" in failure
+        result = f"{NOT_MEASURED if missing else 'FAILED'}: {failure}"
+        found["rows"].append({"table": module, "result": result})
+    session.put(part, found["rows"], _targets(found))
+
+
+def _run(arguments: list[str], seconds: float) -> str | None:
+    """Why it failed, or None."""
+    end = time.monotonic() + seconds
+    with _child(arguments) as child:
+        try:
+            while child.line(max(0.0, end - time.monotonic())) is not None:
+                pass
+        except TimeoutError:
+            return f"not finished after {seconds:.0f} s"
+        return child.last_words() if child.end() else None
+
+
+def run(session: Session, only: Sequence[str], device: str, quick: bool) -> None:
+    wanted = only or PARTS
+    if "proofs" in wanted:
+        prove(session, QUICK)
+    options = [f"--device={device}", *(["--no-compile"] if quick else [])]
+    if "kernels" in wanted:
+        rounds = f"--rounds={5 if quick else 25}"
+        for group in GROUPS:
+            arguments = [*options, rounds, f"--only={group}"]
+            tabulate(session, f"kernels: {group}", TABLE_SECONDS[group], "kernels", arguments)
+    if "train_step" in wanted:
+        arguments = [*options, f"--rounds={3 if quick else 9}", "--without-lucidrains"]
+        tabulate(session, "train_step", TABLE_SECONDS["train_step"], "train_step", arguments)
+    if "proofs" in wanted:
+        prove(session, (*LARGE, compute_sanitizer_finds_nothing))
+
+
+def results_of(folder: pathlib.Path) -> pathlib.Path:
+    """The file of this device: one that holds results of other versions stays as it is."""
+    here = machine()
+    name = re.sub(r"[^a-z0-9]+", "-", str(here["gpu"] or "no-gpu").lower()).strip("-")
+    path = folder / f"{name}.json"
+    if path.exists():
+        there = json.loads(path.read_text())["machine"]
+        if any(there.get(key) != here.get(key) for key in _VERSIONS):
+            return folder / f"{name}-torch-{here['torch']}-triton-{here['triton']}.json"
+    return path
+
+
+def say(names: Sequence[str]) -> None:
+    """A line for each proof; the first that fails is the last."""
     for proof in PROOFS:
-        result: str | None = None
-        if torch.cuda.is_available():
-            limit = SANITIZER_SECONDS if "sanitizer" in proof.__name__ else PROOF_SECONDS
-            try:
-                said = _part(["benchmarks.gpu_session", "--one", proof.__name__], limit)
-                result = said.partition(" ")[2]
-            except RuntimeError as failure:
-                result = f"FAILED: {failure}"
-        shown = None if result == str(None) else result
-        report.row(proof=proof.__name__.replace("_", " "), result=shown)
-        save()
-
-
-def tabulate(report: Report, device: str, quick: bool, save: Callable[[], None]) -> None:
-    """The rows and targets of both tables, or a row that says why there are none."""
-    commands = {"kernels": [f"--rounds={5 if quick else 25}"]}
-    commands["train_step"] = [f"--rounds={3 if quick else 9}", "--without-lucidrains"]
-    if quick:
-        for options in commands.values():
-            options.append("--no-compile")
-    for name, options in commands.items():
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [f"benchmarks.{name}", f"--device={device}", *options, "--json", file.name]
-            try:
-                _part(command, TABLE_SECONDS[name])
-            except RuntimeError as failure:
-                missing = "ModuleNotFoundError" in str(failure)
-                report.row(table=name, result=f"{NOT_MEASURED if missing else 'FAILED'}: {failure}")
-            written = pathlib.Path(file.name).read_text()
-        found = json.loads(written) if written else {"rows": [], "targets": []}
-        report.rows += found["rows"]
-        for target in found["targets"]:
-            report.targets.append(Target(*(target[k.name] for k in dataclasses.fields(Target))))
-        save()
+        if proof.__name__ not in names:
+            continue
+        try:
+            print(proof.__name__, proof(), flush=True)
+        except Exception as failure:
+            words = "; ".join(str(failure).split("\n"))[:1500]
+            print(f"{proof.__name__} FAILED: {type(failure).__name__}: {words}", flush=True)
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="prove and measure on a GPU, in one go")
+    parser.add_argument("--seconds", type=float, default=800, help="start nothing after these")
+    parser.add_argument("--only", choices=PARTS, action="append", default=[],
+                        help="this part; may be given several times")  # fmt: skip
     parser.add_argument("--results", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="few rounds, no torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda",
                         help="cpu: a rehearsal of the tables; proofs need the GPU")  # fmt: skip
-    parser.add_argument("--one", nargs="+", metavar="PROOF", help="these proofs only, no tables")
+    parser.add_argument("--one", nargs="+", metavar="PROOF", help="these proofs, in this process")
     given = parser.parse_args()
     if given.one:
-        for proof in PROOFS:
-            if proof.__name__ in given.one:
-                print(proof.__name__, proof())
+        say(given.one)
         return
-    report, folder = Report("GPU session"), given.results
-    if folder is None and torch.cuda.is_available():
-        folder = RESULTS
-    path = folder / f"{_device_name()}.json" if folder else None
-    save = functools.partial(report.write, path) if path else lambda: None
-    prove(report, save)
-    tabulate(report, given.device, given.quick, save)
-    report.finish(path)
-    failed = [row for row in report.rows if str(row.get("result")).startswith("FAILED")]
-    if failed:
-        sys.exit(f"{len(failed)} part(s) failed")
-
-
-def _device_name() -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = given.results or (RESULTS if torch.cuda.is_available() else None)
+    command = ["python -m benchmarks.gpu_session", *(f"--only {part}" for part in given.only)]
+    command += ["--quick"] if given.quick else []
+    path = results_of(folder) if folder else None
+    session = Session(path, given.seconds, " ".join(command))
+    run(session, given.only, given.device, given.quick)
+    session.report.finish(session.path)
+    if session.path and session.path.parent == RESULTS:
+        print(f"{session.path.name} is on the page after `python -m benchmarks.page`")
+    if session.failed:
+        sys.exit(f"{session.failed} part(s) failed")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
     report.finish(arguments.json)
 
 A value of None was not measured, prints as such, and never meets or misses a target. The JSON file
-is {machine, title, rows, targets}, targets a list of {name, value, unit, target, sense, met}.
+is {machine, title, rows, targets}, targets a list of {name, value, unit, target, sense, met}; where
+its name does not say how it was made, `commands` does.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Report:
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
     def row(self, **columns: Any) -> None:
         self.rows.append(columns)
@@ -128,7 +130,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         targets = [asdict(t) | {"met": t.met} for t in self.targets]
-        return {"machine": machine(), "title": self.title, "rows": self.rows, "targets": targets}
+        made: dict[str, Any] = {"commands": self.commands} if self.commands else {}
+        made |= {"machine": machine(), "title": self.title}
+        return made | {"rows": self.rows, "targets": targets}
 
     def finish(self, path: str | os.PathLike[str] | None = None) -> None:
         """Print everything; write it as JSON where a path is given."""
@@ -145,9 +149,11 @@ class Report:
             self.write(path)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """What there is so far, as JSON."""
+        """What there is so far, as JSON; whole, whenever the process is ended."""
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        partial = pathlib.Path(f"{path}.part")
+        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        partial.replace(path)
 
 
 class Cells:

@@ -45,7 +45,9 @@ def page() -> str:
 def _section(path: Path, result: dict[str, Any], notes: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)
     title = f"## {result['title']}"
-    lines = [title, "", f"`python -m benchmarks.{path.stem}`", "", f"Machine: {machine}.", ""]
+    commands = result.get("commands", [f"python -m benchmarks.{path.stem}"])
+    made_by = ", ".join(f"`{command}`" for command in commands)
+    lines = [title, "", made_by, "", f"Machine: {machine}.", ""]
     if path.stem in notes["runs"]:
         lines += [notes["runs"][path.stem].strip(), ""]
     if result["targets"]:

@@ -116,7 +116,7 @@ class Child:
         """The end of its stderr."""
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][-500:] if lines else "it ended without a word"
+        return lines[-1][:500] if lines else "it ended without a word"
 
 
 class Worker:

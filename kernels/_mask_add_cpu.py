@@ -51,8 +51,11 @@ def _round_reference(
 def mask_add_reference(
     words: Tensor, delta: Tensor, residual: Tensor, carried: Tensor, ends: Tensor, up: Tensor,
     down: Tensor, bounds: Tensor, point: Tensor, rounding_key: Tensor, keys: Tensor, signs: Tensor,
+    first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Fill `words` and `carried`; the numbers of clipped and of not finite elements."""
+    """Fill `words` and `carried`, elements `first` and following of a vector; the numbers of
+    clipped and of not finite elements.
+    """
     _check_signs(signs)  # before anything is written
     counts = torch.zeros(2, dtype=torch.int64, device=words.device)
     wide = words.dtype == torch.int32
@@ -60,15 +63,15 @@ def mask_add_reference(
         part = slice(start, start + _CHUNK)
         size = words[part].numel()
         dither = torch.int32 if wide else torch.int16
-        bits = _stream_elements(rounding_key, start, size, dither)
+        bits = _stream_elements(rounding_key, first + start, size, dither)
         bits = (bits ^ point.view(dither)[:1]).to(torch.int64)
         bits &= 0xFFFFFFFF if wide else 0xFFFF
-        at = torch.arange(start, start + size, device=words.device)
+        at = torch.arange(first + start, first + start + size, device=words.device)
         tensor = torch.bucketize(at, ends, right=True)
         wanted = delta[part] + residual[part]
         q, rest, over, finite = _round_reference(wanted, up[tensor], down[tensor], bounds, bits)
         words[part] = q.to(torch.int32).to(words.dtype)
         carried[part] = rest
         counts += torch.stack([over.sum(), (~finite).sum()])
-    add_masks_reference_(words, keys, signs, 0)
+    add_masks_reference_(words, keys, signs, first)
     return counts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from benchmarks import gpu_proofs
+from benchmarks import gpu_proofs, gpu_sanitizer, gpu_session
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from benchmarks import gpu_proofs
         (gpu_proofs.more_than_2_to_the_31_elements_in_a_sample, (100_005,)),
         (gpu_proofs.more_than_2_to_the_31_elements_in_a_batch, (5,)),
         (gpu_proofs.masks_of_more_than_2_to_the_31_elements, (100_005,)),
+        (gpu_proofs.optimiser_of_more_than_2_to_the_31_elements, (100_005,)),
         (gpu_proofs.replays_of_a_training_step_are_its_steps, ()),
     ],
 )
@@ -87,6 +88,32 @@ def test_two_results_in_one_place_are_no_comparison() -> None:
         gpu_proofs._assert_close([value], [value], 1.0)
 
 
+ALL_SAID = "".join(f"{proof.__name__} shown\n" for proof in gpu_sanitizer.SANITIZED)
+NONE, ONE = "========= ERROR SUMMARY: 0 errors\n", "========= ERROR SUMMARY: 1 error\n"
+
+
+def test_the_sanitizer_says_whether_it_found_something_or_the_program_failed() -> None:
+    verdict = gpu_sanitizer.sanitizer_verdict
+    assert verdict(0, ALL_SAID + NONE, "").startswith("memcheck over")
+    with pytest.raises(AssertionError, match=r"found 1 error\(s\): Invalid __global__ read"):
+        verdict(9, "========= Invalid __global__ read\n" + ONE, "")
+    with pytest.raises(AssertionError, match="the program failed, nothing found: Trace"):
+        verdict(1, NONE, "Traceback\nAssertionError: norms differ")
+    with pytest.raises(AssertionError, match="did not come to masks"):
+        verdict(0, NONE, "")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("========= Error: Device not supported.\n" + ONE, "Error: Device not supported."),
+        ("", "no summary of compute-sanitizer; error 999"),
+    ],
+)
+def test_a_sanitizer_that_is_kept_from_the_device_measured_nothing(said: str, why: str) -> None:
+    assert gpu_sanitizer.sanitizer_verdict(9, said, "error 999") == f"not measured: {why}"
+
+
 def test_every_proof_can_be_asked_for_by_name() -> None:
-    names = [proof.__name__ for proof in gpu_proofs.PROOFS]
+    names = [proof.__name__ for proof in gpu_session.PROOFS]
     assert len(set(names)) == len(names)
