@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -133,25 +132,21 @@ def _first_cause(failure: BaseException) -> str:
     return (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
 
 
-def _compiled(eager: Job) -> Job | None:
-    """None where the compiler or the C compiler under it fails. For these very sizes: those of the
-    batch before would make it compile for any.
-    """
-    job = torch.compile(eager, dynamic=False)
-    try:
-        job()
-    except RuntimeError as failure:
-        print(f"torch.compile: {failure}", file=sys.stderr)
-        return None
-    return job
-
-
-def _jobs(case: Case, device: str, compiled: bool) -> dict[str, Job]:
+def _jobs(
+    case: Case, device: str, compiled: bool, cannot: Callable[[str, RuntimeError], None]
+) -> dict[str, Job]:
+    """Those that run; `cannot` is told where the compiler, or the C compiler under it, fails."""
     jobs: dict[str, Job] = {"ours": case.ours}
     if case.eager:
         jobs["eager"] = case.eager
-        if compiled and (job := _compiled(case.eager)):
-            jobs["compile"] = job
+    if case.eager and compiled:
+        # For these very sizes: those of the batch before would make it compile for any.
+        jobs["compile"] = torch.compile(case.eager, dynamic=False)
+        try:
+            jobs["compile"]()
+        except RuntimeError as failure:
+            cannot("compile", failure)
+            del jobs["compile"]
     if case.noise and device == "cuda":
         jobs[NOISE] = case.noise
     return jobs
@@ -160,7 +155,10 @@ def _jobs(case: Case, device: str, compiled: bool) -> dict[str, Job]:
 def _rows(
     report: Report, case: Case, device: str, copy: float, rounds: int, compiled: bool
 ) -> None:
-    jobs = _jobs(case, device, compiled)
+    def cannot(by: str, failure: RuntimeError) -> None:
+        _unmeasured(report, case.name, by, device, _first_cause(failure))
+
+    jobs = _jobs(case, device, compiled, cannot)
     taken = side_by_side(jobs, rounds=rounds, warmup=3, wait=_wait(device))
     measured: dict[str, Measured] = {}
     for by, times in taken.items():
@@ -177,11 +175,9 @@ def _rows(
         _target(report, case.aim, measured, (case.moved or 0) / copy)
 
 
-def _unmeasured(report: Report, op: str, aim: str | None, device: str, why: str | None) -> None:
+def _unmeasured(report: Report, op: str, by: str, device: str, why: str | None) -> None:
     reason = {"rates_of": None if why is None else f"{NOT_MEASURED}: {why}"}
-    report.row(op=op, device=device, by="ours", **dict.fromkeys(_COLUMNS) | reason)
-    if device == "cuda" and aim:
-        _target(report, aim, {})
+    report.row(op=op, device=device, by=by, **dict.fromkeys(_COLUMNS) | reason)
 
 
 def _target(report: Report, op: str, measured: dict[str, Measured], copied: float = 0.0) -> None:
@@ -216,7 +212,8 @@ def measure(
     groups = [name for name in GROUPS if name in only or not only]
     if device == "cuda" and not torch.cuda.is_available():
         for op in (op for name in groups for op in AIMED_AT[name]):
-            _unmeasured(report, op, op, device, None)
+            _unmeasured(report, op, "ours", device, None)
+            _target(report, op, {})
         return
     # All on one stream that is not the default one: a capture that meets what was made there fails.
     side = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
@@ -230,7 +227,9 @@ def measure(
                 try:
                     _rows(report, case, device, copy, rounds, compiled)
                 except RuntimeError as failure:
-                    _unmeasured(report, case.name, case.aim, device, _first_cause(failure))
+                    _unmeasured(report, case.name, "ours", device, _first_cause(failure))
+                    if device == "cuda" and case.aim:
+                        _target(report, case.aim, {})
                 save()
 
 

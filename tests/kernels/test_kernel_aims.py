@@ -75,3 +75,21 @@ def test_a_case_that_fails_costs_no_other_its_row(monkeypatch):
     assert (bad["p50_ms"], bad["rates_of"]) == (None, "not measured: out of memory")
     assert good["rates_of"] == "wall clock"
     assert good["p50_ms"] is not None
+
+
+def test_what_cannot_be_compiled_says_why(monkeypatch):
+    def no_compiler(job, dynamic):
+        def fail():
+            raise RuntimeError("no C compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    cases = {"one": lambda device: [Case("good", 8, lambda: None, lambda: None)]}
+    monkeypatch.setattr("benchmarks.kernels.GROUPS", cases)
+    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda device: 1e9)
+    report = Report("fused operations")
+    measure(report, "cpu", rounds=1, compiled=True)
+    said = {row["by"]: row.get("rates_of") for row in report.rows}
+    assert said["compile"] == "not measured: no C compiler"
+    assert said["ours"] == said["eager"] == "wall clock"
