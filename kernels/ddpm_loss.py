@@ -44,7 +44,7 @@ from kernels._ddpm_loss_cpu import ddpm_loss_reference
 from kernels.noise import block_size, needs_wide_index, normal_block, warps_for
 from kernels.q_sample import per_sample, signal_and_noise, to_unit_range
 
-_BLOCKS_PER_CHUNK = 4  # what one program sums
+_BLOCKS_PER_CHUNK = 4  # what one program sums at most
 
 # --- Triton ---------------------------------------------------------------------------------------
 
@@ -175,7 +175,8 @@ def _launch_residual(
     key, sample_id, step = stream
     elements = pred[0].numel()
     block = block_size(elements)
-    n_chunks = triton.cdiv(elements, block * _BLOCKS_PER_CHUNK)
+    blocks = triton.cdiv(elements, block)
+    n_chunks = triton.cdiv(blocks, _BLOCKS_PER_CHUNK)
     partial = torch.empty(pred.shape[0] * n_chunks, dtype=torch.float32, device=pred.device)
     made = None if residual is None else contiguous_like(residual)
     x_0 = x_0 if objective == "eps" else x_0.contiguous()  # which eps does not read
@@ -184,7 +185,7 @@ def _launch_residual(
         sample_id.contiguous(), step, elements, alpha_bar.shape[0], n_chunks,
         OBJECTIVE=objective, FROM_UINT8=x_0.dtype == torch.uint8,
         WITH_RESIDUAL=residual is not None,
-        BLOCKS=min(_BLOCKS_PER_CHUNK, triton.cdiv(elements, block)), BLOCK=block,
+        BLOCKS=triton.cdiv(blocks, n_chunks), BLOCK=block,  # chunks alike: few blocks of padding
         WIDE=needs_wide_index(elements), num_warps=warps_for(block), enable_fp_fusion=False,
     )  # fmt: skip
     if residual is not None and made is not None and made is not residual:

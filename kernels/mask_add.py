@@ -71,16 +71,18 @@ def _elements(words, RING: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_of_keystreams(keys, signs, n_keys, counter, RING: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sum sign keystream, packed. -w is ~w + 1, and the ones are added at the end."""
+    """sum sign keystream, packed. -w is ~w + 1, and the ones are counted and added at the end."""
     ones: tl.constexpr = 1 if RING == 32 else (0x00010001 if RING == 16 else 0x01010101)
     total = tl.zeros((LANES * 16,), tl.uint32)
-    one = total + ones
+    negatives = tl.full((), 0, tl.uint32)
     for k in range(n_keys):
         subtract = tl.load(signs + k) < 0
         words = keystream_block(keys + 8 * k, counter)
         total = _add_in_lanes(total, tl.where(subtract, words ^ 0xFFFFFFFF, words), RING)
-        total = _add_in_lanes(total, tl.where(subtract, one, 0), RING)
-    return total
+        negatives += subtract.to(tl.uint32)
+    if RING < 32:  # as many as an element counts, in each of them
+        negatives = (negatives & ((1 << RING) - 1)) * ones
+    return _add_in_lanes(total, tl.zeros_like(total) + negatives, RING)
 
 
 @triton.jit
@@ -126,6 +128,15 @@ def _dither(key, point, block, WIDE: tl.constexpr, LANES: tl.constexpr):  # type
 
 
 @triton.jit
+def _floor(x):  # type: ignore[no-untyped-def]
+    """floor(x) as int32, |x| < 2^31. tl.floor takes float32's subnormals for zero on NVIDIA GPUs;
+    these conversions and the comparison take every number as it is.
+    """
+    towards_zero = x.to(tl.int32)
+    return towards_zero - (towards_zero.to(x.dtype) > x).to(tl.int32)
+
+
+@triton.jit
 def _quantise_kernel(  # type: ignore[no-untyped-def]
     words,
     delta,
@@ -165,10 +176,11 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial + 2 * program, tl.sum((over & inside).to(tl.int32)))
     tl.store(partial + 2 * program + 1, tl.sum((~finite).to(tl.int32)))
     q = tl.minimum(tl.maximum(tl.where(finite, q, 0.0), -limit), limit)
-    q = tl.floor(q + _dither(rounding_key, point, start // PER_BLOCK, WIDE, LANES))
+    word = _floor(q + _dither(rounding_key, point, start // PER_BLOCK, WIDE, LANES))
+    q = word.to(REAL)
     rest = wanted - q * _of_tensors(down, ends, first, last, start, lane)
     tl.store(carried + at, rest.to(tl.float32), mask=inside)
-    tl.store(words + at, q.to(tl.int32).to(words.dtype.element_ty), mask=inside)
+    tl.store(words + at, word.to(words.dtype.element_ty), mask=inside)
 
 
 @triton.jit

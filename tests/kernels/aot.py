@@ -129,6 +129,7 @@ def nvidia_facts(compiled: Any) -> dict[str, Any]:
         "stores": sum(n for o, n in memory.items() if o.startswith("STG")),
         "stores_128": sum(n for o, n in memory.items() if o.startswith("STG") and "128" in o),
         "fused": len(re.findall(r"\bfma\.rn\.f(?:32|64)", compiled.asm["ptx"])),
+        "flushing": len(re.findall(r"\b[a-z][\w.]*\.ftz\b", compiled.asm["ptx"])),
         "fused_machine": sum(bool(re.match(r"[FD]FMA\b", o)) for o in operations),
     }
 

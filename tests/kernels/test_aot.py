@@ -1,9 +1,9 @@
 """What the compiler makes of every kernel, ahead of time and without a GPU.
 
 The gates hold for any Triton: no stack, no spills, 128-bit accesses in the aligned configurations,
-no fused multiply-add where bits are promised. Registers and instruction counts are compared with
-the committed table for the Triton it was made with; renew it with ``python tests/kernels/aot.py
---write``.
+no fused multiply-add and no flush to zero where bits are promised. Registers and instruction counts
+are compared with the committed table for the Triton it was made with; renew it with ``python
+tests/kernels/aot.py --write``.
 """
 
 import json
@@ -84,6 +84,12 @@ def test_nothing_is_fused_where_bits_are_promised(survey):
     for name, architecture, facts in _each(survey):
         if architecture.startswith("sm_") and facts["exact"]:
             assert facts["fused"] == 0, (name, facts)
+
+
+def test_no_subnormal_is_taken_for_zero_where_bits_are_promised(survey):
+    for name, architecture, facts in _each(survey):
+        if architecture.startswith("sm_") and facts["exact"]:
+            assert facts["flushing"] == 0, (name, facts)
 
 
 def test_no_machine_fuses_what_masks_a_vector(survey):

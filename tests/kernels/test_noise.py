@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from scipy import stats
 
 import kernels
-from kernels.noise import philox
+from kernels.noise import block_size, philox
 
 
 def _signed(word: int) -> int:
@@ -35,6 +35,20 @@ def test_philox_gives_the_published_answers(counter, key, answer):
     even, odd = (torch.tensor([[counter[i]], [counter[i + 2]]]) for i in (0, 1))
     even, odd = philox(even, odd, torch.tensor(_signed(key[0] | key[1] << 32)))
     assert (even[0].item(), odd[0].item(), even[1].item(), odd[1].item()) == answer
+
+
+def test_blocks_pad_a_sample_by_little():
+    """Noise is computed for what lies beyond a sample in its last block, too."""
+    assert block_size(3 * 32 * 32) == 1024  # three, where two of 2,048 would be a quarter padding
+    assert block_size(3 * 64 * 64) == block_size((1 << 31) + 16) == 2048
+    for elements in range(1, 20_000):
+        block = block_size(elements)
+        assert 64 <= block <= 2048
+        assert block & (block - 1) == 0
+        if elements > 512:  # at least 16 elements to a thread: 128 bits of uint8
+            least = min(-elements % other for other in (512, 1024, 2048))
+            assert block >= 512
+            assert -elements % block - least < elements / 16
 
 
 def _box_muller_float64(key, sample_id, step, elements):

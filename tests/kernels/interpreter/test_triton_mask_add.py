@@ -10,6 +10,7 @@ from kernels.mask_add import (
     RING_DTYPES,
     Quantiser,
     _as_words,
+    _floor,
     _launch_mask_add,
     _launch_masks,
     add_masks_reference_,
@@ -76,6 +77,34 @@ def test_masks_from_any_element_on(ring, n_keys):
         _launch_masks(words, keys, signs, first)
         add_masks_reference_(want, keys, signs, first)
         assert torch.equal(words, want)
+
+
+@pytest.mark.slow  # 257 keystreams in the interpreter take minutes
+@pytest.mark.timeout(900)
+def test_more_masks_are_subtracted_than_an_element_counts():
+    """As many ones complete the complements, modulo 2^8 in each element."""
+    keys, signs = _as_words(torch.arange(257 * 32).to(torch.uint8).view(257, 32)), -torch.ones(257)
+    words, want = torch.zeros(2, 5, dtype=torch.int8)
+    _launch_masks(words, keys, signs.long())
+    add_masks_reference_(want, keys, signs.long(), 0)
+    assert torch.equal(words, want)
+
+
+@triton.jit
+def _floors(out, x, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, _floor(tl.load(x + at)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_floor_is_that_of_every_number(dtype):
+    tiny, most = torch.finfo(dtype).tiny, 2.0**31 - (128 if dtype == torch.float32 else 0.5)
+    x = [0.0, 0.5, 1.0, 1.5, tiny, tiny / 2, 127.0, 32767.5]
+    x = torch.tensor([*x, *(-value for value in x), 2.0**24 - 1, most, -most, -0.99], dtype=dtype)
+    x = torch.cat([x, torch.randn(32 - len(x), dtype=dtype) * 1e5])
+    out = torch.full(x.shape, 77, dtype=torch.int32)
+    _floors[(1,)](out, x, len(x))
+    assert torch.equal(out.double(), x.double().floor())
 
 
 def _strided(x):
