@@ -71,11 +71,11 @@ bench-kernels: $(VENV)/.test ## every fused operation against torch
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 # Where a GPU is, torch is too, and often no network: an environment that has both needs no other.
-gpu-session: ## all that only a GPU can prove or time, into benchmarks/results/; ARGS="--only proofs"
-	@if [ -n "$(PYTHON)" ] && $(PYTHON) -c 'import numpy, torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then \
-		$(PYTHON) -m benchmarks.gpu_session $(ARGS); \
-	else \
-		$(MAKE) --no-print-directory $(VENV)/.test && $(BIN)/python -m benchmarks.gpu_session $(ARGS); fi
+ifneq ($(filter gpu-session,$(MAKECMDGOALS)),)
+GPU_PYTHON := $(shell $(PYTHON) -c 'import numpy, torch, triton; assert torch.cuda.is_available()' 2>/dev/null && echo $(PYTHON))
+endif
+gpu-session: $(if $(GPU_PYTHON),,$(VENV)/.test) ## all that only a GPU can prove or time, into benchmarks/results/; ARGS="--only proofs"
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu_session $(ARGS)
 
 check: lint types contracts stubs-check ## every static check
 
