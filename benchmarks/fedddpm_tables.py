@@ -213,10 +213,13 @@ _CONTROLS = (
     "fedddpm-long-shared",
     "fedavg-end",
     "fedavg-end-long",
+    "fedavg-end-long-rate-2e-2",
     "auxiliary",
     "auxiliary-3x",
+    "auxiliary-3x-falling",
     "fedavg-double",
     "central",
+    "central-falling",
     "central-3x",
 )
 
