@@ -350,10 +350,12 @@ def test_without_the_audit_every_draw_is_united(tmp_path: Path) -> None:
     for audited in ("true", "false"):
         more = f"audit = {audited}\n{PLUS}\nplan.auxiliary = {{audit_quantile = 0.5}}"
         path = study(tmp_path, {"plus": more})
-        silos = federate(next(load_sweep(path).points()), digits())
+        point = next(load_sweep(path).points())
+        silos = federate(point, digits())
         noise = [draw.integers(0, 256, own.shape, dtype=np.uint8) for own in silos.images]
         given = Federation(tuple(noise), silos.labels, silos.secrets)
-        dropped[audited] = events(path, tmp_path / audited, given)[0]["dropped"]
+        union = next(Study(point, given, Memo(tmp_path / audited), Here()).events())
+        dropped[audited] = union["dropped"]
     assert dropped["true"] > 0
     assert dropped["false"] == 0
 
