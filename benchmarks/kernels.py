@@ -221,9 +221,8 @@ def measure(
         copy = copy_bandwidth(device)
         report.row(op="copy", device=device, by="torch", gb_s=round(copy / 1e9, 2), of_copy=1.0)
         for group in groups:
-            for case in list(
-                GROUPS[group](device)
-            ):  # what they are given is drawn before any capture
+            cases = list(GROUPS[group](device))  # what they are given is drawn before any capture
+            for case in cases:
                 try:
                     _rows(report, case, device, copy, rounds, compiled)
                 except RuntimeError as failure:
