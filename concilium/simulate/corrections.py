@@ -49,7 +49,13 @@ class Corrections:
     ) -> None:
         self._plan, self._rule = plan, rule
         self._memo, self._ruler, self._execution, self._common = memo, ruler, execution, common
-        held = rule.held_back(len(auxiliary[0]))
+        images = len(auxiliary[0])
+        held = rule.held_back(images)
+        if images <= held:
+            raise ValueError(
+                f"the auxiliary set holds {images} images, too few to hold {held} out: raise "
+                "auxiliary.images in the plan"
+            )
         self._watched, self._training = (
             _part(auxiliary, part) for part in (slice(held), slice(held, None))
         )

@@ -309,6 +309,11 @@ def unite(samples: Sequence[Images], task: UnionTask, secure: SecureSum | None) 
     else:
         work = TagsWork(total_count=1, images=plan.auxiliary.images, slots=slots)
         total = secure.sum(work, 1, tags)
+    if not total.any():
+        raise ValueError(
+            "no silo offered a synthetic image: the audit dropped all of them, or auxiliary.images "
+            f"({plan.auxiliary.images}) is too small for the silos' shares: raise it"
+        )
     sent = {"tag_bytes": np.array(total.nbytes)}
     records = {i: images_vector(samples[i - 1], own, total) for i, own in drawn.items()}
     if secure is None:

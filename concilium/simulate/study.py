@@ -73,10 +73,12 @@ class Study:
 
     def events(self) -> Iterator[Json]:
         """The study from its start to its model."""
-        auxiliary = None
+        auxiliary = corrections = None
         if self._plan.strategy.correction or self._point.training == "auxiliary":
             union = self._auxiliary()
             auxiliary = union["images"], union.get("labels")
+            if self._point.training == "federated":
+                corrections = self._corrections(auxiliary)
             measured = self._measured(union["images"])
             self._auxiliary_fid = measured.get("fid")
             yield {
@@ -91,7 +93,6 @@ class Study:
             images = unseen.images[: self._plan.evaluation.samples]
             yield {"event": "unseen", "images": len(images), **self._measured(images)}
         if self._point.training == "federated":
-            corrections = self._corrections(auxiliary)
             yield from self._rounds(corrections)
         else:
             yield from self._alone(auxiliary)
@@ -101,9 +102,9 @@ class Study:
 
     # --- federated rounds
 
-    def _corrections(self, auxiliary: Labelled | None) -> Corrections | None:
+    def _corrections(self, auxiliary: Labelled) -> Corrections | None:
         rule = self._plan.strategy.correction
-        if rule is None or auxiliary is None:
+        if rule is None:
             return None
         return Corrections(
             self._plan,

@@ -57,3 +57,25 @@ def test_of_one_model_per_silo_samples_are_as_many_as_its_share_of_the_images(
     last = events(path, tmp_path / "memo", silos)[-1]
     assert len(set(silos.counts)) > 1
     assert asked[-4:] == [share(last["samples"], n, silos.total) for n in silos.counts]
+
+
+@pytest.mark.parametrize(
+    ("silos", "images", "said"),
+    [
+        (21, 504, r"no silo offered a synthetic image.*auxiliary\.images \(10\)"),
+        (20, 501, r"holds 1 images, too few to hold 1 out: raise auxiliary\.images"),
+    ],
+)
+def test_a_set_too_small_for_so_many_silos_is_said(
+    silos: int, images: int, said: str, tmp_path: Path
+) -> None:
+    """Of ten images each silo is due less than half a one, or one silo just more than that."""
+    changes = {
+        "images = 60": "images = 10",
+        "images = 300": f"images = {images}",
+        "silos = 4": f"silos = {silos}",
+        'labels = "dirichlet", alpha = 0.5': 'labels = "iid"',
+    }
+    path = study(tmp_path, {"plus": 'plan.strategy = {kind = "fedddpm_plus"}'}, **changes)
+    with pytest.raises(ValueError, match=said):
+        events(path, tmp_path / "memo")
