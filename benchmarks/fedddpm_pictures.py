@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.fedddpm_tables import (
     METRICS,
-    PAPER,
     PLUS,
     Runs,
     auxiliary_sets,
@@ -16,32 +16,49 @@ from benchmarks.fedddpm_tables import (
     finals,
 )
 
-_USUAL = ("fedavg", "scaffold", "fedadam")
-_CONTROLS = ("fedavg-end-long", "fedavg-double", "central", "local", "auxiliary", "auxiliary-3x")
-SHOWN = (*_USUAL, *dict.fromkeys(PAPER.values()), *PAPER, *_CONTROLS)
+_CONTROLS = re.compile(r"(fedavg-(end|double)|central|local|auxiliary)(-|$)")
+"""Models that are made without FedDDPM+, to judge it by: no strategies of their own."""
+_DASHED = "--", "-.", ":"
 
 
 def draw_rounds(runs: Runs, path: Path) -> None:
     """What `METRICS` names, by the share of a run's rounds that are done: the mean over the seeds,
-    and their range as a band. The default is black, controls are dashed; dotted: the auxiliary set
-    itself."""
+    and their range as a band; of every strategy in `path`, and of the default among its controls
+    in the file beside it whose name ends in "-controls". The default is black; dotted and grey: the
+    auxiliary set itself."""
+    strategies, controls = apart(runs)
+    _draw_rounds(strategies, runs, path)
+    _draw_rounds(controls, runs, path.with_name(f"{path.stem}-controls{path.suffix}"))
+
+
+def apart(runs: Runs) -> tuple[Runs, Runs]:
+    """The strategies, without those by the secure sum, which lie on the ones in float; and the
+    controls, FedAvg and the default among them."""
+    controls = {name: some for name, some in runs.items() if _CONTROLS.match(name)}
+    strategies = {name: some for name, some in runs.items() if name not in controls}
+    beside = {name: strategies[name] for name in ("fedavg", PLUS) if name in strategies}
+    floats = {n: some for n, some in strategies.items() if not n.endswith("-secure")}
+    return floats, {**beside, **controls}
+
+
+def _draw_rounds(shown: Runs, runs: Runs, path: Path) -> None:
     from matplotlib import colormaps
 
+    colors = colormaps["tab10"].colors
     figure, axes = _figure(len(METRICS), (11.0, 9.0), rows=2)
     for plot, (key, title, scale, _) in zip(axes, METRICS, strict=True):
-        plot.set_prop_cycle(color=colormaps["tab20"].colors)
-        for name in (name for name in SHOWN if name in runs):
-            curves = [evaluations(run) for run in runs[name]]
+        for number, name in enumerate(shown):
+            curves = [evaluations(run) for run in shown[name]]
             columns = list(zip(*curves, strict=True))
             done = [column[0]["round"] / curves[0][-1]["round"] for column in columns]
             values = [[event[key] * scale for event in column] for column in columns]
-            style = "--" if name in _CONTROLS else "-"
-            ours = {"color": "black", "lw": 2.5, "zorder": 3} if name == PLUS else {}
-            (line,) = plot.plot(
-                done, [mean(v) for v in values], f"o{style}", ms=3, label=name, **ours
-            )
+            turn, color = divmod(number, len(colors))
+            look = {"color": colors[color], "ls": ("-", *_DASHED)[turn % 4]}
+            if name == PLUS:
+                look = {"color": "black", "lw": 2.5, "zorder": 3}
+            plot.plot(done, [mean(v) for v in values], marker="o", ms=3, label=name, **look)
             low, high = [min(v) for v in values], [max(v) for v in values]
-            plot.fill_between(done, low, high, alpha=0.1, color=line.get_color())
+            plot.fill_between(done, low, high, alpha=0.1, color=look["color"])
         if sets := max((auxiliary_sets(some) for some in runs.values()), key=len):
             level = mean(event[key] * scale for event in sets)
             plot.axhline(level, color="grey", ls=":", label="the auxiliary set")
@@ -49,7 +66,7 @@ def draw_rounds(runs: Runs, path: Path) -> None:
         if key in ("fid", "kid"):
             _logarithmic(plot)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8)
-    _save(figure, path, below=0.08)
+    _save(figure, path, below=0.1)
 
 
 def draw_finals(runs: Runs, path: Path) -> None:

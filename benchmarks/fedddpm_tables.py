@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ BASELINES = ("fedavg", "fedprox", "scaffold", "fedadam", "fedyogi")
 PLUS, SHORT = "fedddpm-plus", "fedddpm-plus-short"
 SLOW = "fedddpm-plus-slow"  # corrected when learning is slow, and at the end; nothing is shared
 PAPER = {PLUS: "fedddpm-long", SHORT: "fedddpm", SLOW: "fedddpm"}
-"""Each recipe of FedDDPM+, and the run of FedDDPM that has thrice its correction steps."""
+"""Each recipe of FedDDPM+, and the run of FedDDPM that has thrice its correction steps. One that is
+named fedddpm-long-rate-2e-3 or fedddpm-long-shared, say, has as many with another setting."""
 UNCORRECTED = "fedavg-end"  # corrected in the last round only, and watched in every round
 
 Json = dict[str, Any]
@@ -127,12 +129,14 @@ _RECIPES = (
     ("local", "*local*"),
 )
 """How a run of a study by kind of heterogeneity ends, the default first, and its column's title."""
+_OTHERWISE = ("local", "and-last", "fedddpm")
 
 
 def kinds_table(runs: Runs) -> str:
     """The final FIDs of a study whose runs are named KIND-RECIPE, a row for each kind of
-    heterogeneity: of the auxiliary set, and of each recipe, in the mean over the seeds. The lowest
-    of those that make one model of all silos is bold; *local* makes as many as there are silos."""
+    heterogeneity: of the auxiliary set, and of each recipe, in the mean over the seeds. Bold is the
+    lowest of those that make one model of all silos, with no more correction steps than the
+    default: *local* makes a model for each silo, *and-last* and FedDDPM correct for longer."""
     by_kind: dict[str, Runs] = defaultdict(dict)
     for name, some in runs.items():
         # "auxiliary-3x" ends with no other recipe, so that at most one of them fits.
@@ -147,12 +151,12 @@ def kinds_table(runs: Runs) -> str:
     lines = [f"| final FID | the set | {titles} |", "|---|--:|" + "--:|" * len(shown)]
     for kind, some in by_kind.items():
         fids = {recipe: mean(finals(of_seeds, "fid")) for recipe, of_seeds in some.items()}
-        least = min((fid for recipe, fid in fids.items() if recipe != "local"), default=0.0)
+        least = min(fid for recipe, fid in fids.items() if recipe not in _OTHERWISE)
         sets = [event["fid"] for event in max(map(auxiliary_sets, some.values()), key=len)]
         cells = [f"{mean(sets):.3f}" if sets else "–"]
         for recipe, _ in shown:
             cell = f"{fids[recipe]:.3f}" if recipe in fids else "–"
-            best = recipe in fids and recipe != "local" and fids[recipe] == least
+            best = recipe not in _OTHERWISE and fids.get(recipe) == least
             cells.append(f"**{cell}**" if best else cell)
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -210,7 +214,6 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 _CONTROLS = (
-    "fedddpm-long-shared",
     "fedavg-end",
     "fedavg-end-long",
     "fedavg-end-long-rate-2e-2",
@@ -227,8 +230,9 @@ _CONTROLS = (
 def ratios(runs: Runs, plus: str = PLUS) -> Json:
     """The aims for the run `plus`, each as a ratio of means over the seeds that both of its runs
     have; absent where a run is missing. Seeds share the split, the first model and the noise, so
-    beside each stands in how many of them `plus` ends lower. The best baseline is the best of those
-    that have as many seeds as any, with whatever constant."""
+    beside each stands in how many of them `plus` ends lower. The best baseline, and the best
+    FedDDPM with thrice the steps, is the best of those that have as many seeds as any, with
+    whatever constant."""
     found: Json = {}
     if plus not in runs:
         return found
@@ -251,7 +255,7 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         lower = [one < two for one, two in fids]
         return f"{sum(lower)}/{len(lower)}"
 
-    best = _best_baseline(runs)
+    best = _best(runs, lambda name: _CONSTANT.sub("", name) in BASELINES)
     if pair := paired(plus, best):
         found["best_baseline"] = best
         found["fid_vs_best_baseline"] = of_fids(plus, best)
@@ -259,10 +263,12 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         found["difference_over_spread"] = _separation(
             finals(pair[1], "fid"), finals(pair[0], "fid")
         )
-    if pair := paired(plus, PAPER[plus]):
+    thrice = _best(runs, lambda name: _FEDDDPM.sub("", name) == PAPER[plus])
+    if pair := paired(plus, thrice):
         steps = [mean(finals(some, "correction_steps")) for some in pair]
-        found["plus_fid_vs_fedddpm"] = of_fids(plus, PAPER[plus])
-        found["seeds_ahead_of_fedddpm"] = ahead(plus, PAPER[plus])
+        found["best_fedddpm"] = thrice
+        found["plus_fid_vs_fedddpm"] = of_fids(plus, thrice)
+        found["seeds_ahead_of_fedddpm"] = ahead(plus, thrice)
         found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
     for other in sorted({*PAPER.values()} - {PAPER[plus]}):
         if pair := paired(plus, other):
@@ -286,9 +292,13 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
     return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
 
 
-def _best_baseline(runs: Runs) -> str:
-    kinds = {name: re.sub(r"-\d+(-\d+)?$", "", name) for name in runs}
-    there = {name: some for name, some in runs.items() if kinds[name] in BASELINES}
+_CONSTANT = re.compile(r"-\d+(-\d+)?$")
+_FEDDDPM = re.compile(r"-(rate-[\de-]+|shared)$")
+
+
+def _best(runs: Runs, competes: Callable[[str], bool]) -> str:
+    """The lowest mean of those that have as many seeds as any of them; "" where there is none."""
+    there = {name: some for name, some in runs.items() if competes(name)}
     most = max((len(some) for some in there.values()), default=0)
     means = {n: mean(finals(some, "fid")) for n, some in there.items() if len(some) == most}
     return min(means, key=lambda name: means[name], default="")

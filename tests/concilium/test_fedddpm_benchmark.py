@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import fedddpm
 from benchmarks import fedddpm_tables as tables
+from benchmarks.fedddpm_pictures import apart
 from concilium.simulate.spec import load_sweep
 from tests.concilium.test_simulate import PLUS, RUN, STUDY
 
@@ -68,6 +69,15 @@ def test_another_constant_of_a_usual_strategy_competes_where_it_has_all_the_seed
     assert tables.ratios(RUNS | {"fedavg-end": [one, two]})["best_baseline"] == "scaffold"
 
 
+def test_the_best_fedddpm_of_as_many_steps_is_what_the_default_is_held_to() -> None:
+    better = [made(1, 0.4, 0.25, steps=60), made(2, 0.4, 0.24, steps=60)]
+    for name in ("fedddpm-long-rate-2e-3", "fedddpm-long-shared"):
+        found = tables.ratios(RUNS | {name: better})
+        assert (found["best_fedddpm"], found["plus_fid_vs_fedddpm"]) == (name, 0.2 / 0.245)
+        assert tables.ratios(RUNS | {name: better[:1]})["best_fedddpm"] == "fedddpm-long"
+        assert tables.ratios(RUNS | {name: better}, tables.SLOW)["best_fedddpm"] == "fedddpm"
+
+
 def test_the_tables_show_every_run_the_auxiliary_set_and_the_worst_silo() -> None:
     head, _, union, *rows, empty, features = tables.table(RUNS).splitlines()
     assert (empty, features) == ("", "Features: `digits`, SHA-256 abababababababab…")
@@ -88,13 +98,14 @@ def test_by_kind_the_best_that_makes_one_model_of_all_silos_is_bold() -> None:
         "iid-fedavg": [made(1, 0.1)],
         "iid-plus": [made(1, 0.2)],
         "iid-local": [made(1, 0.05)],
+        "iid-fedddpm": [made(1, 0.09)],  # has thrice the correction steps
         "fedavg-end": [made(1, 0.01)],
     }
     head, _, *rows = tables.kinds_table(runs).splitlines()
-    assert head == "| final FID | the set | *plus* | FedAvg | *auxiliary-3x* | *local* |"
+    assert head == "| final FID | the set | *plus* | FedDDPM | FedAvg | *auxiliary-3x* | *local* |"
     assert rows == [
-        "| one-class | 0.050 | **0.150** | 0.400 | 0.300 | – |",
-        "| iid | – | 0.200 | **0.100** | – | 0.050 |",
+        "| one-class | 0.050 | **0.150** | – | 0.400 | 0.300 | – |",
+        "| iid | – | 0.200 | 0.090 | **0.100** | – | 0.050 |",
     ]
     assert tables.kinds_table(RUNS) == ""
 
@@ -186,8 +197,22 @@ def test_a_benchmark_runs_what_is_missing_and_reports_all_of_it(
     drawn = (place / "docs" / "images" / "fedddpm-small.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     assert len(drawn) > 20_000
+    controls = (place / "docs" / "images" / "fedddpm-small-controls.png").read_bytes()
+    assert len(controls) > 20_000
     written = json.loads((files / "ratios.json").read_text("utf-8"))
     assert written[tables.PLUS]["best_baseline"] == "fedavg"
+
+
+def test_every_run_is_in_a_picture_but_those_by_the_secure_sum() -> None:
+    for study in ("digits", "fashion-mnist", "fashion-fresh", "digits-long"):
+        names = {
+            run.name for run in load_sweep(fedddpm.HERE / f"studies/{study}.toml").simulation.run
+        }
+        strategies, controls = apart({name: [made(1, 0.3)] for name in names})
+        assert {*strategies, *controls} == {n for n in names if not n.endswith("-secure")}
+        assert set(strategies) & set(controls) == {"fedavg", tables.PLUS}
+        assert {"scaffold", "fedprox", "fedadam", "fedyogi"} & names <= set(strategies)
+        assert {"central", "auxiliary-3x", "local"} & names <= set(controls)
 
 
 @pytest.mark.parametrize("name", ["draw_finals", "draw_sizes"])
