@@ -123,7 +123,7 @@ def report(name: str) -> None:
     (folder / "ratios.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     draw = draw_rounds if found else draw_sizes if "auxiliary" in name else draw_finals
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
-    _include(name, shown)
+    include(name, shown)
 
 
 def _runs(name: str) -> Runs:
@@ -138,7 +138,7 @@ def _runs(name: str) -> Runs:
     return found
 
 
-def _include(name: str, text: str) -> None:
+def include(name: str, text: str) -> None:
     """Put the table between its marks in docs/fedddpm.md."""
     page = DOCS / "fedddpm.md"
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
