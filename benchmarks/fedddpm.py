@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.fedddpm_pictures import draw_finals, draw_rounds, draw_sizes
+from benchmarks.fedddpm_summary import ROWS, summary_table
 from benchmarks.fedddpm_tables import (
     PAPER,
     UNCORRECTED,
@@ -110,8 +111,7 @@ def report(name: str) -> None:
     if not runs:
         raise SystemExit(f"{name}: no run is there yet; without --report they are made")
     folder = RESULTS / name
-    # The usual strategies compete with the best constants that were found for them.
-    competing = {**runs, **(_runs(SEARCHED[name]) if name in SEARCHED else {})}
+    competing = _competing(name)
     kinds, whole = kinds_table(runs), table(runs)
     if kinds:
         whole = f"{kinds}\n<details>\n<summary>all figures</summary>\n\n{whole}\n</details>\n"
@@ -124,12 +124,20 @@ def report(name: str) -> None:
     draw = draw_rounds if found else draw_sizes if "auxiliary" in name else draw_finals
     draw(runs, DOCS / "images" / f"fedddpm-{name}.png")
     include(name, shown)
+    include("summary", summary_table({row.study: _competing(row.study) for row in ROWS}))
+
+
+def _competing(name: str) -> Runs:
+    """The runs of a study, with those that searched the constants of the usual strategies."""
+    return {**_runs(name), **(_runs(SEARCHED[name]) if name in SEARCHED else {})}
 
 
 def _runs(name: str) -> Runs:
     """Runs by name, in the order of the study's file; one of each seed."""
     found: Runs = {}
-    sweep = load_sweep(HERE / "studies" / f"{name}.toml")
+    if not (study := HERE / "studies" / f"{name}.toml").exists():
+        return found
+    sweep = load_sweep(study)
     for entry in sweep.simulation.run:
         paths = [RESULTS / name / f"{entry.name}-{seed}.json" for seed in sweep.simulation.seeds]
         there = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]

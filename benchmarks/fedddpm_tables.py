@@ -255,15 +255,15 @@ def ratios(runs: Runs, plus: str = PLUS) -> Json:
         lower = [one < two for one, two in fids]
         return f"{sum(lower)}/{len(lower)}"
 
-    best = _best(runs, lambda name: _CONSTANT.sub("", name) in BASELINES)
-    if pair := paired(plus, best):
-        found["best_baseline"] = best
-        found["fid_vs_best_baseline"] = of_fids(plus, best)
-        found["seeds_ahead_of_best_baseline"] = ahead(plus, best)
+    usual = best(runs, lambda name: family(name) in BASELINES)
+    if pair := paired(plus, usual):
+        found["best_baseline"] = usual
+        found["fid_vs_best_baseline"] = of_fids(plus, usual)
+        found["seeds_ahead_of_best_baseline"] = ahead(plus, usual)
         found["difference_over_spread"] = _separation(
             finals(pair[1], "fid"), finals(pair[0], "fid")
         )
-    thrice = _best(runs, lambda name: _FEDDDPM.sub("", name) == PAPER[plus])
+    thrice = best(runs, lambda name: _FEDDDPM.sub("", name) == PAPER[plus])
     if pair := paired(plus, thrice):
         steps = [mean(finals(some, "correction_steps")) for some in pair]
         found["best_fedddpm"] = thrice
@@ -296,7 +296,12 @@ _CONSTANT = re.compile(r"-\d+(-\d+)?$")
 _FEDDDPM = re.compile(r"-(rate-[\de-]+|shared)$")
 
 
-def _best(runs: Runs, competes: Callable[[str], bool]) -> str:
+def family(name: str) -> str:
+    """A strategy's name without its constant: that of fedadam-0-03 is fedadam."""
+    return _CONSTANT.sub("", name)
+
+
+def best(runs: Runs, competes: Callable[[str], bool]) -> str:
     """The lowest mean of those that have as many seeds as any of them; "" where there is none."""
     there = {name: some for name, some in runs.items() if competes(name)}
     most = max((len(some) for some in there.values()), default=0)
