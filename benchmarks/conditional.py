@@ -1,6 +1,6 @@
 """Labelled synthetic digits: what guidance does, and what a classifier learns from them.
 
-    python -m benchmarks.conditional [--steps 2500] [--seed 0]
+    python -m benchmarks.conditional [--steps 2500] [--seed 0] [--json PATH]
     python -m benchmarks.conditional --rounds 20
 
 One conditional model of the 1,500 digits that silos get: trained in one place, its moving average
@@ -8,7 +8,6 @@ sampled, or with --rounds by FedAvg over five silos of two classes each, a hundr
 round, equal weights and no secure sum (which adds rounding only). Per guidance scale: FID and
 coverage of 1,000 samples, as many of each class, and the accuracy on 297 held-out real digits of a
 classifier trained on those samples alone. The bar is the same classifier trained on real digits.
-Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.measure import Report, command
 from diffusion.classifier import synthetic_to_real
 from diffusion.coverage import coverage
 from diffusion.execution import choose_execution
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, help="of FedAvg, instead of training in one place")
+    parser.add_argument("--json", help="write the table there as well")
     arguments = parser.parse_args()
     bunch = load_digits()
     images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)[:, None]
@@ -102,9 +103,10 @@ def main() -> None:
     features = network.extract(real[0])
     reference = moments(features, center)
     wanted = even_labels(SAMPLES, CLASSES)
-    print("| trained on | FID | coverage | accuracy on real digits |\n|---|---|---|---|")
+    report = Report("what a classifier learns from labelled samples, by guidance")
+    report.commands.append(command())
     bar = synthetic_to_real(real, unseen, CLASSES)
-    print(f"| 1,500 real digits | – | – | {bar:.1%} |", flush=True)
+    report.row(**_row("1,500 real digits", None, None, bar))
     for scale in SCALES:
         drawn = sample(
             model,
@@ -119,9 +121,19 @@ def main() -> None:
         found = network.extract(drawn)
         distance, near = fid(reference, moments(found, center)), coverage(features, found)
         score = synthetic_to_real((drawn, wanted), unseen, CLASSES)
-        print(
-            f"| samples, guidance {scale} | {distance:.3f} | {near:.2f} | {score:.1%} |", flush=True
-        )
+        report.row(**_row(f"samples, guidance {scale:g}", distance, near, score))
+    report.finish(arguments.json)
+
+
+def _row(
+    trained_on: str, distance: float | None, near: float | None, score: float
+) -> dict[str, str | float | None]:
+    return {
+        "trained on": trained_on,
+        "FID": None if distance is None else round(distance, 4),
+        "coverage": None if near is None else round(near, 3),
+        "accuracy on real digits": round(score, 3),
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which weights should a study publish? Moving averages over rounds and within them, on digits.
 
-    python -m benchmarks.ema [--seeds 3] [--rounds 20] [--local-steps 60]
+    python -m benchmarks.ema [--seeds 3] [--rounds 20] [--local-steps 60] [--json PATH]
 
 FedAvg, five silos of two classes each, equal weights, no secure sum (which adds rounding only).
 
@@ -13,7 +13,7 @@ FedAvg, five silos of two classes each, equal weights, no secure sum (which adds
 and, for comparison, one model trained on all images with as many steps as a silo takes in all, its
 last weights and their moving average (decay 0.999 with the usual ramp), at the same points.
 
-Prints the FID of 500 samples, mean and standard deviation over the seeds, as Markdown.
+Prints the FID of 500 samples, mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from benchmarks.measure import Report, command
 from diffusion.execution import choose_execution
 from diffusion.features.holdout import holdout_split
 from diffusion.features.network import load_feature_network
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--local-steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--json", help="write the table there as well")
     arguments = parser.parse_args()
     bench = Bench(arguments.rounds, arguments.local_steps, arguments.rate)
     shown = sorted({max(1, arguments.rounds * k // 4) for k in (1, 2, 3, 4)})
@@ -168,11 +170,13 @@ def main() -> None:
             kinds |= {f"{name}, rounds {d}": over_rounds(models, d) for d in DECAYS}
             for kind, vectors in kinds.items():
                 measure(kind, vectors, seed)
-    print("| published weights | " + " | ".join(f"round {r}" for r in shown) + " |")
-    print("|---|" + "---|" * len(shown))
+    report = Report("FID by round of what a study could publish: mean, standard deviation")
+    report.commands.append(command())
     for kind, rows in table.items():
-        cells = zip(np.mean(rows, axis=0), np.std(rows, axis=0), strict=True)
-        print(f"| {kind} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
+        cells = zip(shown, np.mean(rows, axis=0), np.std(rows, axis=0), strict=True)
+        of_rounds = {f"round {r}": f"{m:.3f} ± {s:.3f}" for r, m, s in cells}
+        report.row(**{"published weights": kind, **of_rounds})
+    report.finish(arguments.json)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -184,6 +185,15 @@ class Cells:
                 partial.replace(self._path)
         found: T = cells[key]
         return found
+
+
+def command() -> str:
+    """How this module was started, without where its result goes."""
+    words, module = sys.argv[1:], pathlib.Path(sys.argv[0]).stem
+    if "--json" in words:
+        at = words.index("--json")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

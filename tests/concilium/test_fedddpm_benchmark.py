@@ -11,6 +11,7 @@ import pytest
 from benchmarks import fedddpm
 from benchmarks import fedddpm_tables as tables
 from benchmarks.fedddpm_pictures import apart
+from benchmarks.fedddpm_summary import summary_table
 from concilium.simulate.spec import load_sweep
 from tests.concilium.test_simulate import PLUS, RUN, STUDY
 
@@ -108,6 +109,27 @@ def test_by_kind_the_best_that_makes_one_model_of_all_silos_is_bold() -> None:
         "| iid | – | 0.200 | 0.090 | **0.100** | – | 0.050 |",
     ]
     assert tables.kinds_table(RUNS) == ""
+
+
+def test_the_summary_has_a_row_for_each_split_and_is_bold_where_nothing_is_lower() -> None:
+    by_kind = {
+        "one-class-plus": [made(1, 0.2, set_fid=0.04)],
+        "one-class-fedavg": [made(1, 0.5)],
+        "one-class-fedddpm": [made(1, 0.19)],
+        "one-class-end": [made(1, 0.4)],
+        "one-class-end-whole": [made(1, 0.3)],
+    }
+    searched = {"fedprox-0-01": [made(1, 0.9, 0.32), made(2, 0.9, 0.34)]}
+    studies = {"digits": RUNS | searched, "fashion-heterogeneity": by_kind}
+    _, _, one_class, digits = summary_table(studies).splitlines()
+    assert one_class == (
+        "| …, one class each, ten silos | 1 | 0.200 | 0.500 | 0.500 FedAvg | 0.190 | – "
+        "| 0.300 *end* | 0.040 |"
+    )
+    assert digits == (
+        "| digits, two classes each | 2 | **0.200** | 0.400 | 0.330 FedProx | 0.300 | – | – "
+        "| 0.040 |"
+    )
 
 
 def test_real_images_that_no_silo_has_show_what_a_perfect_model_would_reach() -> None:

@@ -173,6 +173,27 @@ def test_scaffold_adds_its_control_and_returns_the_mean_gradient(
     assert 0 < np.linalg.norm(result.mean_gradient) <= 1 + 1e-5
 
 
+def test_the_mean_gradient_of_a_round_is_the_mean_of_those_of_its_steps(
+    tiny: ModelSpec, images: np.ndarray, arguments: dict[str, Any]
+) -> None:
+    """At a rate that moves no weight, so that every step's gradient can be had by itself."""
+    arguments["optimizer"] = OptimizerSpec(batch_size=8, learning_rate=1e-12)
+
+    def gradient(steps: int, first_step: int) -> np.ndarray:
+        model = build_model(tiny)
+        initialise(model, seed=1)
+        control = np.zeros_like(to_vector(model))
+        result = train(
+            model, images, steps=steps, first_step=first_step, control=control, **arguments
+        )
+        assert result.mean_gradient is not None
+        return result.mean_gradient
+
+    alone = [gradient(1, k) for k in range(3)]
+    assert np.linalg.norm(alone[0] - alone[1]) > 1e-3
+    np.testing.assert_allclose(gradient(3, 0), np.mean(alone, axis=0), atol=1e-5)
+
+
 def test_a_zero_control_changes_nothing(
     tiny: ModelSpec, images: np.ndarray, arguments: dict[str, Any]
 ) -> None:

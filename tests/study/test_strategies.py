@@ -166,14 +166,6 @@ def test_scaffold_keeps_c_the_mean_of_all_c_i_and_sends_it_behind_the_model():
         np.testing.assert_array_equal(given, np.concatenate([theta, np.asarray(state["c"])]))
 
 
-def test_option_ii_is_the_mean_gradient_where_steps_are_those_of_sgd():
-    rng = np.random.default_rng(2)
-    eta, steps, c, c_i = 0.1, 7, rng.standard_normal(3), rng.standard_normal(3)
-    theta, gradients = rng.standard_normal(3), rng.standard_normal((steps, 3))
-    y = theta - eta * (gradients + c - c_i).sum(axis=0)
-    np.testing.assert_allclose(c_i - c + (theta - y) / (steps * eta), gradients.mean(axis=0))
-
-
 def test_the_last_round_is_corrected_in_any_case_unless_the_plan_says_otherwise():
     fast = history(1.0, 0.5, 0.2)
     assert LATE.decide(fast, last=True).correct
