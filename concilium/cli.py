@@ -25,6 +25,7 @@ _GROUPS = {
     "audit": ("concilium.commands.audit", "Verify or export the study centre's audit log."),
     "sample": ("concilium.commands.sample", "Draw images from a model folder."),
     "simulate": ("concilium.commands.simulate", "Many silos in one process, for sweeps."),
+    "feature-network": ("concilium.commands.feature_network", "Train what FID is measured by."),
     "demo": ("concilium.commands.demo", "A whole federation on this machine."),
 }
 _EXTRA = {

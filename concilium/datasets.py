@@ -37,7 +37,12 @@ class LabelledImages:
     """Those that are no silo's, where the publisher set some apart."""
 
 
-def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImages:
+def load_dataset(
+    name: str,
+    image_size: int,
+    channels: int = 1,
+    remedy: str = 'correct data = "…" in [simulation]',
+) -> LabelledImages:
     """The training images of "digits", "fashion-mnist", or the file or folder `name`, resized; and
     the test images of "digits" and of folders with the files of MNIST.
 
@@ -52,7 +57,6 @@ def load_dataset(name: str, image_size: int, channels: int = 1) -> LabelledImage
             )
         return found
     path = FASHION_MNIST if name == "fashion-mnist" else Path(name)
-    remedy = 'correct data = "…" in [simulation]'
     if path == FASHION_MNIST:
         remedy = "on Debian: apt-get install dataset-fashion-mnist"
     try:

@@ -22,6 +22,7 @@ from coordinator.config import Home, config_text, new_config
 from coordinator.records import StudyRow
 from coordinator.registry import Site
 from coordinator.store import Store, note
+from diffusion.features.file import FeatureFileError, read_network
 from secagg.roster import Member, Roster
 from study.audit_log import Head, Verified, write_entries
 from study.plan import Plan, load_plan
@@ -162,9 +163,11 @@ def sites(home: Path) -> list[Site]:
 def start_study(home: Path, plan: Path, sites: Sequence[str] | None = None) -> str:
     """Offer a study to the named sites, or to all that are approved; its id.
 
-    Raises PlanError, RegistryError, InvalidParameters.
+    Raises PlanError, RegistryError, InvalidParameters, and AdminError where the feature network is
+    not here.
     """
     agreed = load_plan(plan)
+    _check_network(Home(home), agreed)
     study = f"{agreed.study.name}-{secrets.token_hex(4)}"
     with _store(Home(home)) as store:
         chosen = store.run(registry.approved, sites)
@@ -173,6 +176,17 @@ def start_study(home: Path, plan: Path, sites: Sequence[str] | None = None) -> s
         roster = Roster(study, 1, quorum.threshold, quorum.colluders, members)
         store.run(records.create_study, study, agreed.toml(), roster)
     return study
+
+
+def _check_network(place: Home, plan: Plan) -> None:
+    """Before a site is asked for anything."""
+    if plan.evaluation is None:
+        return
+    name, sha256, where = plan.evaluation.feature_network, plan.evaluation.sha256, place.config_file
+    try:
+        read_network(name, sha256, place.feature_files(), where=f"feature_files of {where}")
+    except FeatureFileError as error:
+        raise AdminError(str(error)) from error
 
 
 def change_roster(

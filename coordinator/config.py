@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffusion.features.file import check_names
 from study.problems import explain
 
 ADDRESS = r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"
@@ -54,6 +55,10 @@ class CoordinatorConfig(BaseModel):
 
     worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the child process that computes with torch; absent = torch's own choice."""
+
+    feature_files: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Files of feature networks that do not ship with the project, each called <name>.safetensors,
+    for the plans that pin them; relative paths start at this file's folder."""
 
     metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
     """host:port where Prometheus may fetch metrics, over HTTP and by anybody who reaches it: bind
@@ -123,6 +128,12 @@ class Home:
     def database(self, config: CoordinatorConfig) -> str:
         return config.database or f"sqlite:///{(self.root / 'store.sqlite').resolve()}"
 
+    def feature_files(self) -> tuple[Path, ...]:
+        """As coordinator.toml names them now: whoever starts a study has looked there, and not at
+        what it was when the service started. Raises ConfigError."""
+        files = self.config().feature_files
+        return tuple((self.root / Path(file).expanduser()).resolve() for file in files)
+
 
 def read_config(path: Path) -> CoordinatorConfig:
     """Raises ConfigError, which says for every problem where it is and what to write instead."""
@@ -154,6 +165,10 @@ def _validated(raw: dict[str, Any], where: str) -> CoordinatorConfig:
         value = getattr(config, key)
         if value is not None and not 0 < int(value.rpartition(":")[2]) < 65536:
             raise ConfigError(f'{where}: {key} = "{value}": use a port between 1 and 65535')
+    try:
+        check_names([Path(file) for file in config.feature_files])
+    except ValueError as error:
+        raise ConfigError(f"{where}: feature_files: {error}") from error
     return config
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,17 +158,12 @@ def correct(
     return result.steps, result.loss_sum / result.steps
 
 
-def feature_dimension(network: str, sha256: str) -> int:
-    """d of a feature network; raises ValueError unless its weights are the ones pinned."""
-    from diffusion.features.network import FEATURES, load_feature_network
-    from diffusion.features.pinned import FEATURE_NETWORKS
+def feature_dimension(network: str, sha256: str, files: Sequence[Path]) -> int:
+    """d of a feature network; raises FeatureFileError unless its weights are the ones pinned."""
+    from diffusion.features.file import FEATURES
+    from diffusion.features.network import load_feature_network
 
-    load_feature_network(network)
-    if FEATURE_NETWORKS[network].sha256 != sha256:
-        raise ValueError(
-            f"feature network '{network}' has SHA-256 {FEATURE_NETWORKS[network].sha256} here, the "
-            f"plan pins {sha256}: use the same version of concilium everywhere, or correct the plan"
-        )
+    load_feature_network(network, sha256, files)
     return FEATURES
 
 
@@ -187,19 +183,26 @@ def frechet_distance(
     work: dict[str, Any],
     silos: int,
     summed: int,
+    files: Sequence[Path],
 ) -> float:
     """FID of the samples of `draw_samples` against the images of all silos, of which `total` is
     the sum of moments over `summed` silos."""
     plan = load_plan(plan_text)
     drawn = np.fromfile(samples, dtype=np.uint8).reshape(-1, *plan.data.shape)
-    return _fid(drawn, total, work, silos, summed)
+    return _fid(drawn, total, work, silos, summed, files)
 
 
 def images_distance(
-    parts: list[Path], total: Path, work: dict[str, Any], silos: int, summed: int
+    parts: list[Path],
+    total: Path,
+    work: dict[str, Any],
+    silos: int,
+    summed: int,
+    files: Sequence[Path],
 ) -> float:
     """FID of images (.npy, uint8 [n, c, h, w]; all parts together) as `frechet_distance` has it."""
-    return _fid(np.concatenate([np.load(part) for part in parts]), total, work, silos, summed)
+    drawn = np.concatenate([np.load(part) for part in parts])
+    return _fid(drawn, total, work, silos, summed, files)
 
 
 def judged_distances(
@@ -210,6 +213,7 @@ def judged_distances(
     work: dict[str, Any],
     silos: int,
     summed: int,
+    files: Sequence[Path],
 ) -> list[float]:
     """The FID of each model as `frechet_distance` has it, of samples that it never sees; from the
     same noise for all of them."""
@@ -219,18 +223,23 @@ def judged_distances(
     images, found = plan.evaluation.samples, []
     for model in models:
         drawn = _samples(machine, plan, _load(plan, model), images, first=_FIRST_JUDGED)
-        found.append(_fid(drawn, total, work, silos, summed))
+        found.append(_fid(drawn, total, work, silos, summed, files))
     return found
 
 
 def _fid(
-    drawn: NDArray[np.uint8], total: Path, work: dict[str, Any], silos: int, summed: int
+    drawn: NDArray[np.uint8],
+    total: Path,
+    work: dict[str, Any],
+    silos: int,
+    summed: int,
+    files: Sequence[Path],
 ) -> float:
     from diffusion.features.network import load_feature_network
     from diffusion.frechet import fid, moments
 
     asked = MomentsWork.model_validate(work)
-    network = load_feature_network(asked.network)
+    network = load_feature_network(asked.network, asked.sha256, files)
     center = network.public_center().astype(np.float64)
     real, _, _ = summed_moments(total.read_bytes(), asked, silos, summed, center)
     return fid(real, moments(network.extract(drawn), center))

@@ -228,6 +228,7 @@ class Rounds(Steps):
             moments["work"],
             moments["roster_size"],
             len(moments["silos"]),
+            self._home.feature_files(),
         )
         return {"fid_before": before, "fid_after": after, "kept": after < before}
 
@@ -272,6 +273,7 @@ class Rounds(Steps):
             moments["work"],
             moments["roster_size"],
             len(moments["silos"]),
+            self._home.feature_files(),
         )
         return {
             "fid": fid,

@@ -167,10 +167,8 @@ class Runner(Rounds):
             return {}
         await self._stage("moments of the real images")
         network, sha256 = evaluation.feature_network, evaluation.sha256
-        try:
-            dimension = await self._worker.run(jobs.feature_dimension, network, sha256)
-        except ValueError as error:
-            raise StudyFailed(str(error)) from error
+        files = self._home.feature_files()
+        dimension = await self._worker.run(jobs.feature_dimension, network, sha256, files)
         census = await self._result(self._of_epoch("census"))
         work = MomentsWork(
             total_count=census["count"],
@@ -212,6 +210,7 @@ class Runner(Rounds):
             moments["work"],
             moments["roster_size"],
             len(moments["silos"]),
+            self._home.feature_files(),
         )
         network, sha256 = (moments["work"][key] for key in ("network", "sha256"))
         log.info("study.auxiliary", study=self._live.id, images=auxiliary["images"], fid=fid)

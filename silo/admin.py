@@ -67,6 +67,7 @@ largest_auxiliary = 100_000           # of all sites together
 smallest_audit_quantile = 0.01        # a less strict audit of them is declined
 purposes = ["census", "moments", "tags", "images", "round"]
 feature_networks = ["digits", "fashion-mnist"]
+# feature_files = ["our-net.safetensors"]   # those of the above that do not ship
 
 [resources]
 {device}

@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 
+from diffusion.features.file import check_names
 from diffusion.spec import Spec
 from silo.data.items import Reading
 from silo.errors import ConfigError
@@ -122,7 +123,17 @@ class Policy(Spec):
 
     feature_networks: tuple[str, ...] = ("digits", "fashion-mnist")
     """Feature networks whose moments of the real images may be summed: only with the weights that
-    this version ships, by their hash."""
+    this version ships, or that a file of `feature_files` holds, by their hash."""
+
+    feature_files: tuple[Path, ...] = ()
+    """Files of feature networks that do not ship, each called <name>.safetensors; relative paths
+    start at this file's folder."""
+
+    @field_validator("feature_files")
+    @classmethod
+    def _have_names(cls, files: tuple[Path, ...]) -> tuple[Path, ...]:
+        check_names(files)
+        return files
 
 
 class Resources(Spec):
@@ -215,11 +226,14 @@ def load_config(home: SiloHome) -> SiloConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{home.config} is no TOML: {error}") from error
     try:
-        return SiloConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+        config = SiloConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         problems = explain(error, SiloConfig)
         lines = "\n  ".join(("", *problems)) if len(problems) > 1 else f" {problems[0]}"
         raise ConfigError(f"{home.config}:{lines}") from error
+    files = tuple((home.path / file.expanduser()).resolve() for file in config.policy.feature_files)
+    policy = config.policy.model_copy(update={"feature_files": files})
+    return config.model_copy(update={"policy": policy})
 
 
 def data_path(home: SiloHome, config: SiloConfig) -> Path:

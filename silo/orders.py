@@ -157,6 +157,8 @@ class FeatureMoments(Order["MomentsSummed"]):
     """Canonical JSON of a MomentsWork."""
     images: Path
     vector: Path
+    feature_files: tuple[Path, ...] = ()
+    """Networks that do not ship; see [policy] in site.toml."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class EvaluateModel(Order["Evaluated"]):
     """uint8, (c, h, w) each, one after the other."""
     images: Path
     vector: Path
+    feature_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The site policy: which studies this institution declines, whoever asks for them.
 
-Pure: values in, the first broken rule out. What the policy does not forbid still waits for a
-person, unless site.toml says otherwise.
+Values in, the first broken rule out; of files it reads that of the feature network alone. What the
+policy does not forbid still waits for a person, unless site.toml says otherwise.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffusion.features.file import FeatureFileError, read_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 from secagg.roster import Roster
 from silo.config import Policy
@@ -120,11 +121,12 @@ def _network_rules(policy: Policy, wanted: Evaluation) -> Iterator[Declined]:
     if name not in policy.feature_networks:
         allowed = ", ".join(policy.feature_networks) or "none"
         yield Declined("feature_networks", f"it evaluates with {name!r}, allowed: {allowed}")
-    elif name not in FEATURE_NETWORKS or FEATURE_NETWORKS[name].sha256 != wanted.sha256:
-        yield Declined(
-            "feature_networks",
-            f"{name!r} with SHA-256 {wanted.sha256[:16]}… is not what this version ships",
-        )
+        return
+    try:
+        read_network(name, wanted.sha256, policy.feature_files)
+    except FeatureFileError as error:
+        rule = "feature_networks" if name in FEATURE_NETWORKS else "feature_files"
+        yield Declined(rule, str(error))
 
 
 def training_steps(plan: Plan) -> int:

@@ -183,7 +183,14 @@ class Quantities:
 
     async def _moments(self, work: MomentsWork, silos: int, vector: Path) -> None:
         images = (await self._images()).file
-        order = FeatureMoments(self._worker.machine, silos, encode_work(work), images, vector)
+        order = FeatureMoments(
+            machine=self._worker.machine,
+            silos=silos,
+            work=encode_work(work),
+            images=images,
+            vector=vector,
+            feature_files=self._config.policy.feature_files,
+        )
         done = await self._run(order)
         if done.clipped:
             log.warning("feature moments exceed the study's bound", values=done.clipped)
@@ -245,6 +252,7 @@ class Quantities:
             samples=samples,
             images=images,
             vector=vector,
+            feature_files=self._config.policy.feature_files,
         )
         done = await self._run(order)
         samples.unlink(missing_ok=True)  # the model is most often the next round's input

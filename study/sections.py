@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
+from diffusion.features.pinned import NETWORK_NAME
 from diffusion.spec import Spec
 from study.problems import PlanError
 
@@ -198,11 +199,11 @@ class Rounds(Spec):
 class Evaluation(Spec):
     """[evaluation]: FID by securely summed features, and what only silos can measure."""
 
-    feature_network: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-    """Name of the feature network."""
+    feature_network: Annotated[str, Field(pattern=NETWORK_NAME)]
+    """One that ships with the project, or what a file is called without its .safetensors."""
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """SHA-256 of its weights: 64 lower-case hexadecimal digits."""
+    """SHA-256 of its file: 64 lower-case hexadecimal digits."""
 
     feature_bound: Annotated[float, Field(gt=0.0, le=1e6)] = 2.0
     """Largest magnitude of a feature; what exceeds it is clipped and counted."""

@@ -8,6 +8,7 @@ import click
 
 from concilium.commands.coordinator import home_option, plainly
 from coordinator import admin
+from diffusion.features.pinned import FEATURE_NETWORKS
 from study.plan import Plan, load_plan
 from study.sections import WarmUp
 from study.strategies import FedDDPMPlus
@@ -145,6 +146,11 @@ def _described(plan: Plan, silos: int) -> str:
             f"  evaluation  FID of {plan.evaluation.samples} samples with "
             f"{plan.evaluation.feature_network}, {_every(plan.evaluation.every)}"
         )
+        if plan.evaluation.feature_network not in FEATURE_NETWORKS:
+            lines.append(
+                f"              which does not ship: {plan.evaluation.feature_network}.safetensors "
+                "has to be here,\n              and at every site (feature_files)"
+            )
         if plan.evaluation.at_silos:
             lines.append(
                 "              and at the silos, whose policy has to allow it: KID, coverage, "

@@ -18,7 +18,6 @@ from diffusion.classifier import synthetic_to_real
 from diffusion.coverage import covered, neighbour_radii
 from diffusion.execution import Execution
 from diffusion.features.network import load_feature_network
-from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.frechet import fid, kid, moments
 from diffusion.labels import even_labels
 from diffusion.model import build_model, load_vector
@@ -72,8 +71,8 @@ class Ruler:
         self._evaluation = plan.evaluation
         if self._evaluation is None:
             return
-        self._name = self._evaluation.feature_network
-        self._network = load_feature_network(self._name)
+        self._name, self._sha256 = self._evaluation.feature_network, self._evaluation.sha256
+        self._network = load_feature_network(self._name, self._sha256, simulation.feature_files)
         self._center = self._network.public_center().astype(np.float64)
         self._by_silo = [self._network.extract(images) for images in federation.images]
         self._real = np.concatenate(self._by_silo)
@@ -152,7 +151,7 @@ class Ruler:
             coverage_by_silo=tuple(float(own.mean()) for own in np.split(inside, ends)),
             copies=copies,
             network=self._name,
-            network_sha256=FEATURE_NETWORKS[self._name].sha256,
+            network_sha256=self._sha256,
         )
 
     def _described(self, model: Vector, n: int, first: int) -> Arrays:

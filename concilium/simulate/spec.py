@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from concilium.partition import Partition
+from diffusion.features.file import FeatureFileError, check_names, read_network
 from diffusion.spec import Spec
 from study.plan import Plan, load_plan
 from study.problems import PlanError, explain
+from study.sections import Evaluation
 
 Training = Literal["federated", "central", "local", "auxiliary"]
 
@@ -97,8 +99,23 @@ class Simulation(Spec):
     """Whether silos drop samples too near to their training images before these are united. Only a
     simulation can leave it out, to see what it costs; a silo has no such switch."""
 
+    feature_file: Path | None = None
+    """The feature network, <name>.safetensors, where the plan names one that does not ship with the
+    project; a relative path starts at this file's folder."""
+
     run: tuple[Run, ...] = ()
     """What to simulate."""
+
+    @field_validator("feature_file")
+    @classmethod
+    def _has_a_name(cls, file: Path | None) -> Path | None:
+        check_names([file] if file else [])
+        return file
+
+    @property
+    def feature_files(self) -> tuple[Path, ...]:
+        """As silos and coordinator have them."""
+        return (self.feature_file,) if self.feature_file else ()
 
 
 class _Table(Spec):
@@ -167,9 +184,19 @@ class Sweep:
                 )
             if simulation.secure_sum and run.training == "federated":
                 plan.validate_roster(simulation.silos)
+            if plan.evaluation is not None:
+                _check_network(plan.evaluation, simulation)
         except PlanError as error:
             raise PlanError(f'run "{run.name}"', str(error)) from error
         return Point(run.name, run.training, plan, simulation, seed)
+
+
+def _check_network(wanted: Evaluation, simulation: Simulation) -> None:
+    name, sha256, files = wanted.feature_network, wanted.sha256, simulation.feature_files
+    try:
+        read_network(name, sha256, files, where="feature_file of [simulation]")
+    except FeatureFileError as error:
+        raise PlanError("evaluation", str(error)) from error
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -186,6 +213,9 @@ def load_sweep(path: Path) -> Sweep:
         simulation = _Table.model_validate_json(written).simulation
     except ValidationError as error:
         raise PlanError(str(path), *explain(error, _Table)) from error
+    if simulation.feature_file is not None:
+        file = path.parent.absolute() / simulation.feature_file.expanduser()
+        simulation = simulation.model_copy(update={"feature_file": file})
     sweep = Sweep(simulation, raw)
     names = [run.name for run in simulation.run]
     if len(set(names)) != len(names):

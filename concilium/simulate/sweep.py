@@ -155,7 +155,10 @@ def identity_of(point: Point) -> str:
         {
             "training": point.training,
             "plan": point.plan.model_dump(mode="json", exclude_unset=True),
-            "simulation": point.simulation.model_dump(mode="json", exclude_unset=True),
+            # Wherever the feature network's file is: the plan has its hash.
+            "simulation": point.simulation.model_dump(
+                mode="json", exclude_unset=True, exclude={"feature_file"}
+            ),
             "seed": point.seed,
         }
     )

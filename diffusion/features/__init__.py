@@ -6,6 +6,7 @@
 | fashion-mnist | 28×28 | 259 kB  | the 10,000 test images   | 91.9 %         | 89.8 % of 10,000  |
 
 Measured by `python -m diffusion.features.train`, which made the files. Images of any size are
-resized to the input. These are small classifiers, not Inception: figures made with different
-networks never share a table.
+resized to the input. A study of other images brings a network of its own, in a file of the same
+architecture (`file.py`) that `concilium feature-network` trains. These are small classifiers, not
+Inception: figures made with different networks never share a table.
 """

@@ -11,27 +11,22 @@ most its square: the sums fit a fixed-point range known in advance.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from diffusion.features.file import FEATURE_BOUND, FEATURES, read_network
 from diffusion.features.pinned import FEATURE_NETWORKS
 
 Images = NDArray[np.uint8]
 
-FEATURES = 64
-FEATURE_BOUND = 1.0
 CENTRED_BOUND = 2.0 * FEATURE_BOUND
-
-
-class FeatureFileError(ValueError):
-    """A feature network's file is not the pinned one: reinstall the package."""
+_MOST_VALUES = 1 << 25  # of one layer and one batch: 128 MiB
 
 
 class FeatureNetwork(nn.Module):
@@ -44,9 +39,12 @@ class FeatureNetwork(nn.Module):
         self.image_size = image_size
         convolutions: list[nn.Module] = []
         channels, size = 1, image_size
+        widest = size * size
         for width, stride in layers:
             convolutions += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.ReLU()]
             channels, size = width, -(-size // stride)
+            widest = max(widest, channels * size * size)
+        self._largest_batch = max(1, _MOST_VALUES // widest)
         self.convolutions = nn.Sequential(*convolutions)
         self.project = nn.Linear(channels * size * size, FEATURES)
         self.classify = nn.Linear(FEATURES, classes)
@@ -62,6 +60,7 @@ class FeatureNetwork(nn.Module):
     def extract(self, images: Images, batch_size: int = 512) -> NDArray[np.float32]:
         """Features of uint8 images (n, c, h, w) of any size, c = 1 or 3: float32 (n, 64)."""
         features = np.empty((len(images), FEATURES), dtype=np.float32)
+        batch_size = min(batch_size, self._largest_batch)
         for start in range(0, len(images), batch_size):
             f = self(self.prepare(torch.tensor(images[start : start + batch_size])))
             features[start : start + len(f)] = f.cpu().numpy()
@@ -87,20 +86,15 @@ def build_feature_network(name: str, classes: int = 10) -> FeatureNetwork:
     return FeatureNetwork(pinned.image_size, pinned.layers, classes)
 
 
-def load_feature_network(name: str) -> FeatureNetwork:
-    """The pinned network `name` with the weights that ship with the project, on the CPU.
+def load_feature_network(
+    name: str, sha256: str | None = None, files: Sequence[Path] = ()
+) -> FeatureNetwork:
+    """The network `name` on the CPU, as `diffusion.features.file.read_network` finds it.
 
-    Raises ValueError for an unknown name, FeatureFileError for a file of another hash.
+    Raises FeatureFileError for an unknown name and for a file that is not the pinned one.
     """
-    if name not in FEATURE_NETWORKS:
-        known = ", ".join(sorted(FEATURE_NETWORKS))
-        raise ValueError(f'feature network "{name}" is unknown: use one of {known}')
-    pinned = FEATURE_NETWORKS[name]
-    path = Path(__file__).with_name(pinned.file)
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != pinned.sha256:
-        raise FeatureFileError(f"{path} has SHA-256 {found}, expected {pinned.sha256}")
-    network = build_feature_network(name)
-    network.load_state_dict(safetensors.torch.load(content))
+    stored = read_network(name, sha256, files)
+    architecture = stored.architecture
+    network = FeatureNetwork(architecture.image_size, architecture.layers, architecture.classes)
+    network.load_state_dict({key: torch.from_numpy(t) for key, t in stored.tensors.items()})
     return network.eval()

@@ -1,8 +1,11 @@
-"""Which feature networks there are; no torch here."""
+"""Which feature networks ship with the project; no torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+NETWORK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""Of these and of others."""
 
 
 @dataclass(frozen=True)

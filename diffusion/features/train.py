@@ -6,6 +6,8 @@
 writes FOLDER/<name>.safetensors and logs the hash and the accuracies. One thread and a fixed seed:
 the same bits on the same kind of machine. `digits` needs scikit-learn; the files of Fashion-MNIST
 are those of its publishers (Debian: dataset-fashion-mnist).
+
+`concilium feature-network` makes one for other images, in the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from diffusion.features.file import METADATA, Architecture
 from diffusion.features.holdout import holdout_split
 from diffusion.features.network import FeatureNetwork, build_feature_network
 from diffusion.features.pinned import FEATURE_NETWORKS
@@ -74,6 +77,28 @@ def _labels(folder: Path, part: str) -> Labels:
     return np.frombuffer(content, dtype=np.uint8, offset=8).astype(np.int64)
 
 
+def architecture_for(image_size: int, classes: int) -> Architecture:
+    """That of Fashion-MNIST's network, wider: halved until at most 4×4 are left."""
+    layers, size = [(16, 1)], image_size
+    while size > 4:
+        layers.append((32 if len(layers) == 1 else 64, 2))
+        size = -(-size // 2)
+    parts = {"image_size": image_size, "layers": layers, "classes": classes}
+    return Architecture.model_validate(parts)
+
+
+def train_network(network: FeatureNetwork, data: tuple[Images, Labels], steps: int) -> None:
+    """From the weights of a fixed seed; the centre is the features' mean over the images."""
+    initialise(network, seed=0)
+    fit(network, data, steps=steps, rate=2e-3)
+    network.center.copy_(torch.from_numpy(network.extract(data[0])).mean(dim=0))
+
+
+def save_network(network: FeatureNetwork, architecture: Architecture, path: Path) -> None:
+    """The file that `diffusion.features.file` reads."""
+    save_file(network.state_dict(), path, metadata={METADATA: architecture.model_dump_json()})
+
+
 def fit(network: FeatureNetwork, data: tuple[Images, Labels], *, steps: int, rate: float) -> None:
     """AdamW on the cross entropy (labels smoothed by 0.1) of randomly shifted images, plus
     SHRINKAGE·mean(f²); the rate falls linearly to zero.
@@ -117,9 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = digits() if arguments.name == "digits" else fashion_mnist(arguments.data)
     network = build_feature_network(arguments.name)
-    initialise(network, seed=0)
-    fit(network, data.training, steps=3000, rate=2e-3)
-    network.center.copy_(torch.from_numpy(network.extract(data.training[0])).mean(dim=0))
+    train_network(network, data.training, steps=3000)
     path = arguments.folder / FEATURE_NETWORKS[arguments.name].file
     save_file(network.state_dict(), path)
     log.info("%s: %s, %d bytes", path, model_digest(path), path.stat().st_size)

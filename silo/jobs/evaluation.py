@@ -9,10 +9,9 @@ import numpy as np
 
 from diffusion.evaluation import compare
 from diffusion.execution import choose_execution
-from diffusion.features.network import load_feature_network
 from diffusion.model import build_model, load_vector
 from silo.files import write_file
-from silo.jobs.moments import check_network
+from silo.jobs.moments import network_of
 from silo.jobs.training import read_images, read_labels
 from silo.orders import Evaluated, EvaluateModel
 from silo.worker import ProgressFile
@@ -25,7 +24,7 @@ def evaluate_model(order: EvaluateModel, progress: ProgressFile) -> Evaluated:
     plan, work = load_plan(order.plan), decode_work(order.work)
     if not isinstance(work, EvaluationWork):
         raise TypeError(f"{work.purpose} is no evaluation")
-    check_network(work)
+    network = network_of(work, order.feature_files)
     # Progress reaches the study centre, so it must not tell how many images there are.
     progress("evaluating the model", 0, 1)
     model = build_model(plan.model)
@@ -34,7 +33,7 @@ def evaluate_model(order: EvaluateModel, progress: ProgressFile) -> Evaluated:
         model,
         np.fromfile(order.samples, dtype=np.uint8).reshape(work.images, *plan.data.shape),
         read_images(order.images),
-        load_feature_network(work.network),
+        network,
         schedule=plan.schedule,
         objective=plan.objective,
         seed=plan.study.seed,

@@ -6,11 +6,14 @@ mean, however many images there are. m is the public centre that the network's f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.features.network import load_feature_network
-from diffusion.features.pinned import FEATURE_NETWORKS
+from diffusion.features.file import FeatureFileError
+from diffusion.features.network import FeatureNetwork, load_feature_network
 from diffusion.frechet import moments
 from silo.errors import ProposalRefused
 from silo.files import write_file
@@ -27,29 +30,26 @@ def feature_moments(order: FeatureMoments, progress: ProgressFile) -> MomentsSum
     work = decode_work(order.work)
     if not isinstance(work, MomentsWork):
         raise TypeError(f"{work.purpose} is no sum of moments")
-    check_network(work)
-    values = _weighted_moments(work, order, progress)
+    network = network_of(work, order.feature_files)
+    values = _weighted_moments(work, network, order, progress)
     encoding = moments_encoding(work, order.silos)
     write_file(order.vector, encoding.encode(values).tobytes())
     return MomentsSummed(int(np.count_nonzero(np.abs(values) > work.bound)))
 
 
-def check_network(work: MomentsWork | EvaluationWork) -> None:
+def network_of(work: MomentsWork | EvaluationWork, files: Sequence[Path]) -> FeatureNetwork:
     """Raises ProposalRefused for a feature network that is not on this machine."""
-    pinned = FEATURE_NETWORKS.get(work.network)
-    if pinned is None or pinned.sha256 != work.sha256:
-        raise ProposalRefused(
-            f"{work.purpose}: feature network {work.network!r} with SHA-256 {work.sha256} is not "
-            "one that this version ships"
-        )
+    try:
+        return load_feature_network(work.network, work.sha256, files)
+    except FeatureFileError as error:
+        raise ProposalRefused(f"{work.purpose}: {error}") from error
 
 
 def _weighted_moments(
-    work: MomentsWork, order: FeatureMoments, progress: ProgressFile
+    work: MomentsWork, network: FeatureNetwork, order: FeatureMoments, progress: ProgressFile
 ) -> NDArray[np.float64]:
     # Progress reaches the study centre, so it must not tell how many images there are.
     progress("computing features", 0, 1)
-    network = load_feature_network(work.network)
     images, center = read_images(order.images), network.public_center()
     total = None
     for start in range(0, len(images), _BATCH):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.features.network import FEATURES
+from diffusion.features.file import FEATURES
 from diffusion.features.pinned import FEATURE_NETWORKS
 from diffusion.model import parameter_layout, to_vector
 from secagg.coordinator import Summed

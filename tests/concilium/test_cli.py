@@ -27,7 +27,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.mark.parametrize(
     ("group", "commands"),
     [
-        ((), "coordinator silo study sample demo"),
+        ((), "coordinator silo study sample feature-network demo"),
         (("coordinator",), "init invite sites approve revoke serve status"),
         (("silo",), "init join roster approve decline settle check run status"),
         (("study",), "check start pause resume stop list"),
@@ -75,6 +75,17 @@ def test_study_check_says_what_a_plan_means() -> None:
     assert "all sites are sent the union, to draw 50% of each batch from it" in shown.output
     assert "until the model's FID is at most 2 times its own" in shown.output
     assert "classes" not in shown.output
+
+
+def test_study_check_says_which_file_a_plan_needs(tmp_path: Path) -> None:
+    text = (README.parent / "study" / "plans" / "digits.toml").read_text("utf-8")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(text, "utf-8")
+    assert "feature_files" not in run("study", "check", plan).output
+    plan.write_text(text.replace('feature_network = "digits"', 'feature_network = "mri"'), "utf-8")
+    shown = run("study", "check", plan)
+    assert "FID of" in shown.output
+    assert "mri.safetensors has to be here,\n              and at every site" in shown.output
 
 
 def test_study_check_says_what_ends_the_training_of_a_local_model(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ GOOD = '[site]\nname = "north"\n[data]\npath = "images"\n'
         (GOOD + "[approval]\nautomatic = 'yes'\n", 'approval.automatic = "yes": use true or false'),
         (GOOD + "[resources]\ndevice = 'tpu'\n", 'resources.device = "tpu"'),
         (GOOD + "[polcy]\n", "did you mean policy?"),
+        (
+            GOOD + "[policy]\nfeature_files = ['x/digits.safetensors']\n",
+            'policy.feature_files: "digits" ships with the project, and no file takes its place',
+        ),
+        (GOOD + "[policy]\nfeature_files = ['own.pt']\n", "own.pt is no .safetensors file"),
         ("[site\n", "is no TOML"),
     ],
 )
@@ -48,6 +53,14 @@ def test_relative_data_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> 
     (tmp_path / "site.toml").write_text(GOOD)
     home = SiloHome(tmp_path)
     assert data_path(home, load_config(home)) == (tmp_path / "images").resolve()
+
+
+def test_relative_feature_files_start_there_as_well(tmp_path: Path) -> None:
+    text = "[policy]\nfeature_files = ['nets/own.safetensors', '/x/other.safetensors']\n"
+    (tmp_path / "site.toml").write_text(GOOD + text)
+    files = load_config(SiloHome(tmp_path)).policy.feature_files
+    nets = (tmp_path / "nets").resolve()
+    assert files == (nets / "own.safetensors", Path("/x/other.safetensors"))
 
 
 def test_init_writes_a_file_that_loads_and_keys_that_only_the_user_reads(tmp_path: Path) -> None:

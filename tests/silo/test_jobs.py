@@ -47,6 +47,7 @@ from study.quantity import (
     moments_encoding,
 )
 from study.reservation import split_labels, with_labels
+from tests.networks import make_network
 from tests.silo.studies import make_plan
 
 CPU = Machine("cpu", None)
@@ -360,8 +361,29 @@ def test_moments_are_those_of_the_features_about_the_public_centre(
     assert np.allclose(values[1:65], expected.total, atol=1e-6)
     assert np.allclose(values[65:], expected.outer[np.triu_indices(64)], atol=1e-6)
     other = work.model_copy(update={"sha256": "0" * 64})
-    with pytest.raises(ProposalRefused, match="not one that this version ships"):
+    with pytest.raises(ProposalRefused, match="not the one that this version ships"):
         feature_moments(replace(order, work=encode_work(other)), progress)
+
+
+def test_moments_are_those_of_the_network_that_the_site_s_file_holds(
+    images: Path, tmp_path: Path, progress: ProgressFile
+) -> None:
+    file = tmp_path / "own.safetensors"
+    sha256 = make_network(file)
+    work = MomentsWork(total_count=80, network="own", sha256=sha256, dimension=64, bound=4.0)
+    vector, files = tmp_path / "vector", (tmp_path / "other.safetensors", file)
+    order = FeatureMoments(CPU, 4, encode_work(work), images, vector, files)
+    assert feature_moments(order, progress).clipped == 0
+    values = moments_encoding(work, 4).decode(np.fromfile(vector, "<u4"), 1).values * 80
+    network = load_feature_network("own", sha256, files)
+    features = network.extract(np.load(images)).astype(np.float64) - 0.25
+    assert np.allclose(values[1:65], features.sum(axis=0), atol=1e-6)
+    assert np.abs(values[1:65]).max() > 1.0
+    with pytest.raises(ProposalRefused, match="moments: feature network .own. is not here"):
+        feature_moments(replace(order, feature_files=()), progress)
+    make_network(file, seed=2)
+    with pytest.raises(ProposalRefused, match=f"expected {sha256[:16]}"):
+        feature_moments(order, progress)
 
 
 def test_an_evaluation_encodes_the_four_measures_of_this_site(

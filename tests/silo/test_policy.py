@@ -30,6 +30,8 @@ from silo.offers import (
     stored_decision,
 )
 from silo.policy import check_study
+from study.plan import Plan
+from tests.networks import make_network
 from tests.silo.studies import make_plan, make_roster
 
 PLAN = make_plan()
@@ -92,6 +94,33 @@ def test_a_roster_without_this_site_or_with_another_key_is_declined() -> None:
 
 def test_a_feature_network_with_other_weights_than_the_shipped_is_declined() -> None:
     assert broken(Policy(), make_plan(sha256="ab" * 32)) == "feature_networks"
+
+
+def test_a_network_that_does_not_ship_needs_its_name_its_file_and_its_hash(tmp_path: Path) -> None:
+    own = tmp_path / "mri.safetensors"
+    pinned = make_network(own)
+    named, files = ("digits", "mri"), (own,)
+    plan = make_plan('"digits"', '"mri"', sha256=pinned)
+
+    def said(policy: Policy, wanted: Plan = plan) -> str:
+        declined = check_study(policy, wanted, ROSTER, site="site-1", identity=IDENTITY)
+        return str(declined) if declined else ""
+
+    assert said(Policy(feature_networks=named, feature_files=files)) == ""
+    assert "allowed: digits, fashion-mnist" in said(Policy(feature_files=files)), "not its name"
+    assert said(Policy(feature_networks=named)) == (
+        'declined by site policy: feature_files: feature network "mri" is not here: use one of '
+        "digits, fashion-mnist, or get mri.safetensors and name it in feature_files"
+    )
+    everything = Policy(feature_networks=named, feature_files=files)
+    other = make_plan('"digits"', '"mri"', sha256="ab" * 32)
+    assert f"mri.safetensors has SHA-256 {pinned[:16]}…, expected abab" in said(everything, other)
+    own.write_bytes(own.read_bytes()[:-4] + b"\0\0\0\0")
+    assert f"expected {pinned[:16]}…: get the file that the plan means" in said(everything)
+    own.unlink()
+    assert "mri.safetensors cannot be read" in said(everything)
+    assert len(said(everything)) < 200, "the study centre gets so much of it"
+    assert str(tmp_path) not in said(everything)
 
 
 def test_a_threshold_other_than_the_plan_s_is_declined() -> None:

@@ -20,8 +20,12 @@ from silo.home import SiloHome
 from silo.jobs.images import cache_images
 from silo.orders import (
     CacheImages,
+    Evaluated,
+    EvaluateModel,
+    FeatureMoments,
     LocalTrained,
     Machine,
+    MomentsSummed,
     RoundTrained,
     Sampled,
     SampleLocal,
@@ -33,7 +37,9 @@ from silo.quantities import Quantities
 from study.integers import Integers
 from study.quantity import (
     CensusWork,
+    EvaluationWork,
     ImagesWork,
+    MomentsWork,
     RoundWork,
     TagsWork,
     Work,
@@ -65,6 +71,12 @@ class FakeWorker:
                 np.full(12, len(self.orders), "<u2").tofile(order.vector)
                 np.save(order.new_residual, np.full(10, len(self.orders), np.float32))
                 return RoundTrained(0.5, 0, False, False, None)
+            case FeatureMoments():
+                order.vector.write_bytes(b"")
+                return MomentsSummed(0)
+            case EvaluateModel():
+                order.vector.write_bytes(b"")
+                return Evaluated(0.0, 1.0, 0.0, 1.0, False)
             case TrainLocal():
                 np.save(order.weights, np.zeros(3, np.float32))
                 return LocalTrained(0.5, None)
@@ -235,6 +247,25 @@ async def test_the_residual_is_replaced_only_by_an_outcome_that_includes_us(plac
     assert residual(place) == 2, "aborted: what it was"
     place.quantities().settle(settled(trained(3), summed=True, included=True))
     assert residual(place) == 4
+
+
+async def test_the_worker_gets_the_feature_networks_that_the_site_names(place: Place) -> None:
+    file = Path("/nets/own.safetensors")
+    policy = place.config.policy.model_copy(update={"feature_files": (file,)})
+    place.config = place.config.model_copy(update={"policy": policy})
+    ab = "ab" * 32
+    moments = MomentsWork(total_count=400, network="own", sha256=ab, dimension=64, bound=4.0)
+    await place.prepare(context_of(moments), moments)
+    asked = place.worker.orders[-1]
+    assert isinstance(asked, FeatureMoments)
+    assert asked.feature_files == (file,)
+    evaluation = EvaluationWork(samples=ab, images=8, network="own", sha256=ab, bins=10)
+    context, made = context_of(evaluation), place.study.artifacts
+    proposal = Proposal(context, evaluation)
+    await place.quantities().prepare(proposal, ROSTER, [made / "m", made / "s"], lambda _: None)
+    asked = place.worker.orders[-1]
+    assert isinstance(asked, EvaluateModel)
+    assert asked.feature_files == (file,)
 
 
 async def test_the_data_are_those_that_the_study_began_with(place: Place) -> None:
