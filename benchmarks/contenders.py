@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from diffusion.model import build_model, initialise
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from diffusion.training import _Run
 
+T = TypeVar("T")
 Job = tuple[Callable[[], object], dict[str, Any]]
 SPECS = {
     # about 1.1 M parameters: what a hospital's CPU trains
@@ -39,9 +40,6 @@ FORMS = {  # what choose_execution chooses from on a CPU
     "fp32, channels_last": Execution(_CPU, torch.float32, torch.channels_last),
     "fp32, NCHW": Execution(_CPU, torch.float32, torch.contiguous_format),
 }
-
-
-ON_CUDA = ("diffusers, bf16", "diffusers, bf16, compiled", "ours, CUDA graph")
 
 
 def images(device: str) -> torch.Tensor:
@@ -94,34 +92,49 @@ def diffusers_step(device: str, *, half: bool = False, compiled: bool = False) -
     return step, _about(model, f"{numbers}, {how}, NCHW")
 
 
-def our_step(device: str, execution: Execution | None = None) -> Job:
-    chosen = choose_execution(device)
-    model, execution = _model(device), execution or chosen
-    optimizer = OptimizerSpec(batch_size=BATCH[device], learning_rate=1e-4)
+def our_run(model: nn.Module, execution: Execution, batch: int) -> _Run:
+    optimizer = OptimizerSpec(batch_size=batch, learning_rate=1e-4)
     schedule, objective = ScheduleSpec(kind="linear"), ObjectiveSpec(prediction="eps")
     run = _Run(model, schedule, objective, optimizer, 0, execution)
     run.begin(0, 1000, None, None, None, None)
-    x_0 = images(device).to(device)
+    return run
+
+
+def our_step(device: str, execution: Execution | None = None) -> Job:
+    chosen = choose_execution(device)
+    model, execution = _model(device), execution or chosen
+    run, x_0 = our_run(model, execution, BATCH[device]), images(device).to(device)
     form = "fused norms" if execution.fused_norms else "torch's norms"
     about = _about(model, f"{execution.dtype}, eager, {execution.memory_format}, {form}")
     return lambda: run.step(x_0, None), about
 
 
-def our_step_replayed(device: str) -> Job:
-    """Our step captured in a CUDA graph. Its number stays that of the capture; its work does not
-    depend on it."""
+WARMUP = 3  # steps before a capture: they compile everything, which a capture may not
+
+
+def captured(make: Callable[[], tuple[Callable[[], object], T]]) -> tuple[Callable[[], None], T]:
+    """What `make` builds and a CUDA graph of its fourth step, replayed. The number of that step
+    stays; a step's work does not depend on it."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     # All on the stream of the capture: what lives on another would make that one wait for it.
     with torch.cuda.stream(side):
-        step, about = our_step(device)
-        for _ in range(3):  # compiles everything; a capture may not
+        step, about = make()
+        for _ in range(WARMUP):
             step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             step()
     torch.cuda.synchronize()
-    return graph.replay, about | {"how": about["how"].replace("eager", "replayed CUDA graph")}
+    return graph.replay, about
+
+
+def our_step_replayed(device: str, *, choose_convolutions: bool = False) -> Job:
+    """`choose_convolutions`: cuDNN tries its algorithms at the first step and takes the fastest."""
+    torch.backends.cudnn.benchmark = choose_convolutions
+    replay, about = captured(lambda: our_step(device))
+    how = "replayed CUDA graph" + (", cudnn.benchmark" if choose_convolutions else "")
+    return replay, about | {"how": about["how"].replace("eager", how)}
 
 
 def _about(model: nn.Module, how: str) -> dict[str, Any]:
@@ -137,6 +150,9 @@ def main() -> None:
         "diffusers, bf16, compiled": functools.partial(diffusers_step, half=True, compiled=True),
         "ours": our_step,
         "ours, CUDA graph": our_step_replayed,
+        "ours, CUDA graph, cudnn.benchmark": functools.partial(
+            our_step_replayed, choose_convolutions=True
+        ),
     }
     make = others.get(name) or functools.partial(our_step, execution=FORMS[name])
     if device == "cuda":

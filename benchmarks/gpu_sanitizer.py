@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 from benchmarks import gpu_proofs
 from benchmarks.measure import NOT_MEASURED
-from benchmarks.worker import ROOT
+from benchmarks.worker import ROOT, environment
 
 SANITIZER_SECONDS = 150
 _FOUND = 9  # exit status where memcheck has found something
@@ -39,7 +38,7 @@ def compute_sanitizer_finds_nothing() -> str | None:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False,
             # every tensor an allocation of its own, so that what lies beside it is out of bounds
-            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, timeout=SANITIZER_SECONDS,
+            env=environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, timeout=SANITIZER_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"{NOT_MEASURED}: not finished after {SANITIZER_SECONDS} s"

@@ -3,9 +3,11 @@
     python -m benchmarks.gpu_session [--seconds 800] [--only PART] [--results FOLDER] [--quick]
 
 In this order: proofs that take seconds (`benchmarks.gpu_proofs`: bits, streams, graphs, grids); the
-tables of `benchmarks.kernels`, group by group, and of `benchmarks.train_step`; proofs with more
+tables of `benchmarks.train_step` and of `benchmarks.kernels`, group by group; proofs with more
 than 2^31 elements; compute-sanitizer where it is installed and may watch the device. `--only
-proofs`, `kernels` or `train_step`, which may be given several times, leaves the others out.
+proofs`, `kernels` or `train_step`, which may be given several times, leaves the others out. First
+of all it says which packages are missing, and what will not be measured for want of them; those
+that were carried along (`pip install --target FOLDER`) are found where PYTHONPATH names the folder.
 
 No part starts once `--seconds` are spent, and each has a limit of its own, cut to what is left.
 Tables are processes of their own; proofs share one, and those after one that failed or hung go on
@@ -20,8 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
-import os
 import pathlib
 import re
 import sys
@@ -29,22 +31,26 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
+from benchmarks import kernels, train_step
 from benchmarks.gpu_proofs import LARGE, QUICK
 from benchmarks.gpu_sanitizer import SANITIZER_SECONDS, compute_sanitizer_finds_nothing
 from benchmarks.kernel_cases import GROUPS
 from benchmarks.measure import NOT_MEASURED, Report, Target, machine
-from benchmarks.worker import ROOT, Child
+from benchmarks.worker import ROOT, Child, environment
 
 RESULTS = ROOT / "benchmarks" / "results"
 PROOFS = (*QUICK, *LARGE, compute_sanitizer_finds_nothing)
 PARTS = ("proofs", "kernels", "train_step")
 PROOF_SECONDS = {compute_sanitizer_finds_nothing.__name__: SANITIZER_SECONDS + 20}
 TABLE_SECONDS = {"masks": 60, "norms": 120, "optimiser": 60, "elementwise": 240, "train_step": 300}
-_ORDER = ("proofs", *(f"kernels: {group}" for group in GROUPS), "train_step")
+_ORDER = ("proofs", "train_step", *(f"kernels: {group}" for group in GROUPS))
+# Of `concilium[silo]`, what a network and its training take. The last imports all of it.
+_NEEDED = ("pydantic", "safetensors.torch", "diffusers.models.unets.unet_2d", "diffusion.training")
 _SPENT = f"{NOT_MEASURED}: the session's seconds were spent"
 _LEAST_SECONDS = 15.0  # no process starts with less: it would end among its imports
 _VERSIONS = ("gpu", "torch", "triton")
@@ -83,13 +89,13 @@ class Session:
         self.report.targets = [*kept, *targets]
         self.save()
 
-    def put_spent(self, part: str, row: Row) -> None:
-        """Where nothing is known yet; an earlier session may have measured it."""
-        new = row | {"part": part, "result": _SPENT}
+    def put_unless_known(self, part: str, row: Row, result: str = _SPENT) -> None:
+        """An earlier session may have measured it."""
+        new = row | {"part": part, "result": result}
         of_part = [old for old in self.report.rows if old["part"] == part]
         known = of_part if "table" in row else [old for old in of_part if _of(old) == _of(new)]
         if not known:
-            self.put(part, [row | {"result": _SPENT}])
+            self.put(part, [new])
 
     def drop(self, part: str, key: str) -> None:
         """What said that a table had failed."""
@@ -107,8 +113,7 @@ def _targets(result: dict[str, Any]) -> list[Target]:
 
 @contextlib.contextmanager
 def _child(arguments: Sequence[str]) -> Iterator[Child]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    child = Child([sys.executable, "-m", *arguments], environment, leader=True)
+    child = Child([sys.executable, "-m", *arguments], environment(), leader=True)
     try:
         yield child
     finally:
@@ -124,7 +129,7 @@ def prove(session: Session, proofs: Sequence[Callable[[], str | None]]) -> None:
             return
         if session.left() < _LEAST_SECONDS:
             for name in names:
-                session.put_spent("proofs", {"proof": _title(name)})
+                session.put_unless_known("proofs", {"proof": _title(name)})
             return
         with _child(["benchmarks.gpu_session", "--one", *names]) as child:
             failed = False
@@ -156,7 +161,7 @@ def _answer(session: Session, child: Child, proof: str) -> str | None:
 def tabulate(session: Session, part: str, limit: float, module: str, options: list[str]) -> None:
     """The rows and targets of a table, as far as it came, and a row that says why no further."""
     if session.left() < _LEAST_SECONDS:
-        session.put_spent(part, {"table": module})
+        session.put_unless_known(part, {"table": module})
         return
     limit = min(limit, session.left())
     with tempfile.TemporaryDirectory() as folder:
@@ -183,19 +188,57 @@ def _run(arguments: list[str], seconds: float) -> str | None:
         return child.last_words() if child.end() else None
 
 
+def lacking() -> list[str]:
+    """The packages without which no network can be trained here."""
+    missing = {}
+    for name in _NEEDED:
+        try:
+            importlib.import_module(name)
+        except Exception as failure:  # also what is there and does not fit the rest
+            absent = failure.name if isinstance(failure, ModuleNotFoundError) else None
+            missing[(absent or name).partition(".")[0]] = None
+    return list(missing)
+
+
+def unmeasured(session: Session, only: Sequence[str] = PARTS) -> None:
+    """Every row and aim as it is without a GPU."""
+    if "proofs" in only:
+        rows = [{"proof": _title(proof.__name__), "result": None} for proof in PROOFS]
+        session.put("proofs", rows)
+    if "train_step" in only:
+        steps = Report("train_step")
+        train_step.list_aims(steps, chain(*train_step.ON_CUDA))
+        session.put("train_step", steps.rows, steps.targets)
+    if "kernels" in only:
+        for group in GROUPS:
+            ops = Report(group)
+            kernels.list_aims(ops, group)
+            session.put(f"kernels: {group}", ops.rows, ops.targets)
+
+
 def run(session: Session, only: Sequence[str], device: str, quick: bool) -> None:
     wanted = only or PARTS
+    if device == "cuda" and not torch.cuda.is_available():
+        unmeasured(session, wanted)
+        return
+    missing = lacking()
+    if missing and set(wanted) & {"train_step", "proofs"}:
+        print(f"{NOT_MEASURED}: the training step and what is proven of networks, for want of "
+              f"{', '.join(missing)}", flush=True)  # fmt: skip
     if "proofs" in wanted:
         prove(session, QUICK)
     options = [f"--device={device}", *(["--no-compile"] if quick else [])]
+    if "train_step" in wanted and missing:
+        result = f"{NOT_MEASURED}: no {', '.join(missing)}"
+        session.put_unless_known("train_step", {"table": "train_step"}, result)
+    elif "train_step" in wanted:
+        arguments = [*options, f"--rounds={3 if quick else 9}", "--without-lucidrains"]
+        tabulate(session, "train_step", TABLE_SECONDS["train_step"], "train_step", arguments)
     if "kernels" in wanted:
         rounds = f"--rounds={5 if quick else 25}"
         for group in GROUPS:
             arguments = [*options, rounds, f"--only={group}"]
             tabulate(session, f"kernels: {group}", TABLE_SECONDS[group], "kernels", arguments)
-    if "train_step" in wanted:
-        arguments = [*options, f"--rounds={3 if quick else 9}", "--without-lucidrains"]
-        tabulate(session, "train_step", TABLE_SECONDS["train_step"], "train_step", arguments)
     if "proofs" in wanted:
         prove(session, (*LARGE, compute_sanitizer_finds_nothing))
 
@@ -219,6 +262,8 @@ def say(names: Sequence[str]) -> None:
             continue
         try:
             print(proof.__name__, proof(), flush=True)
+        except ModuleNotFoundError as missing:
+            print(f"{proof.__name__} {NOT_MEASURED}: {missing}", flush=True)
         except Exception as failure:
             words = "; ".join(str(failure).split("\n"))[:1500]
             print(f"{proof.__name__} FAILED: {type(failure).__name__}: {words}", flush=True)

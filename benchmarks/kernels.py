@@ -199,6 +199,13 @@ def _target(report: Report, op: str, measured: dict[str, Measured], copied: floa
             report.target(f"{op}_vs_{by}", ratio, "x", at_least=least)
 
 
+def list_aims(report: Report, group: str) -> None:
+    """As they are without a GPU: not measured."""
+    for op in AIMED_AT[group]:
+        _unmeasured(report, op, "ours", "cuda", None)
+        _target(report, op, {})
+
+
 def measure(
     report: Report,
     device: str,
@@ -211,9 +218,8 @@ def measure(
     """The rows of one device, of these groups or of all; `save` is called after each operation."""
     groups = [name for name in GROUPS if name in only or not only]
     if device == "cuda" and not torch.cuda.is_available():
-        for op in (op for name in groups for op in AIMED_AT[name]):
-            _unmeasured(report, op, "ours", device, None)
-            _target(report, op, {})
+        for group in groups:
+            list_aims(report, group)
         return
     # All on one stream that is not the default one: a capture that meets what was made there fails.
     side = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]

@@ -7,14 +7,15 @@ of its own and they take turns. CPU: a UNet of 1.1 M parameters at 32×32×1, ba
 CUDA: the 35.7 M parameters of DDPM's CIFAR-10 network, batch 128. The first run makes an
 environment for denoising-diffusion-pytorch (`--without-lucidrains` leaves it out). On CUDA
 diffusers' step is also taken with bfloat16 autocast, and with torch.compile of its network besides,
-and ours replayed from a CUDA graph; `launch_p50_ms` is the time until the host had enqueued a step.
-The aim is against diffusers' example as it is, in float32. Ratios are those
-of CPU time where one thread computes, since on a shared machine the wall clock tells of the
-neighbours, and of wall clock elsewhere.
+and ours replayed from a CUDA graph, as it is and with `cudnn.benchmark`; `launch_p50_ms` is the
+time until the host had enqueued a step. The aim is against diffusers' example as it is, in float32.
+Ratios are those of CPU time where one thread computes, since on a shared machine the wall clock
+tells of the neighbours, and of wall clock elsewhere.
 
 Results are written after every round. A contender that fails or hangs costs no other its figures:
-its row says why. On CUDA diffusers' example and ours, of which the aim is, are measured first, and
-the others after them.
+its row says why. On CUDA a group of them (`ON_CUDA`) starts when the one before has its figures:
+diffusers' example and ours, of which the aim is, first, and last what waits for a compiler. There
+none may take longer than 120 s to start.
 """
 
 from __future__ import annotations
@@ -22,20 +23,29 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import lucidrains
-from benchmarks.contenders import FORMS, ON_CUDA
 from benchmarks.measure import Report, Times
-from benchmarks.worker import Unavailable, Worker
+from benchmarks.worker import STARTING_SECONDS, Unavailable, Worker
 
 _COLUMNS = ("step", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "peak_mib", "parameters", "how")
 STEP_TARGETS = {"cpu": {"diffusers": 2.5, "lucidrains": 5.0}, "cuda": {"diffusers": 1.5}}
+# Each group takes turns and has its figures before the next one starts: a start that is slow costs
+# those before it nothing.
+ON_CUDA = (
+    ("diffusers", "ours"),
+    ("ours, CUDA graph", "diffusers, bf16"),
+    ("ours, CUDA graph, cudnn.benchmark",),
+    ("diffusers, bf16, compiled",),
+)
+_STARTING_SECONDS = {"cpu": STARTING_SECONDS, "cuda": 120}  # a session there has 300 for them all
 _WARMUP = 2
 
 
@@ -89,14 +99,14 @@ def _contenders(
 ) -> dict[str, Contender]:
     def own(name: str) -> Callable[[], Worker]:
         arguments = ["benchmarks.contenders", name, device]
-        return lambda: Worker(sys.executable, arguments, threads)
+        return lambda: Worker(sys.executable, arguments, threads, _STARTING_SECONDS[device])
 
     def other() -> Worker:
         if not peer:
             raise Unavailable("left out")
         return Worker(lucidrains.environment(), ["benchmarks.lucidrains", device], threads)
 
-    names = ("diffusers", "lucidrains", "ours", *forms)
+    names = dict.fromkeys(("diffusers", "lucidrains", "ours", *forms))
     starts = {name: own(name) for name in names} | {"lucidrains": other}
     return {name: Contender(name, starts[name]) for name in names}
 
@@ -121,13 +131,27 @@ def measure(
         save()
 
     if device == "cuda" and not torch.cuda.is_available():
-        for contender in contenders.values():
-            contender.why = f"no {device} device"
-        keep()
+        list_aims(report, forms)
+        save()
         return
-    first = ("diffusers", "ours") if device == "cuda" else tuple(contenders)
-    for together in (first, tuple(name for name in contenders if name not in first)):
+    keep()  # whoever is not reached has a row that says so
+    for together in _groups(device, contenders):
         _take_turns([contenders[name] for name in together], rounds, keep)
+
+
+def list_aims(report: Report, forms: Iterable[str]) -> None:
+    """Rows and aims as they are without a GPU: not measured."""
+    contenders = _contenders("cuda", 1, False, tuple(forms))
+    for contender in contenders.values():
+        contender.why = "no cuda device"
+    _fill(report, contenders, "cuda", "wall")
+
+
+def _groups(device: str, names: Collection[str]) -> list[list[str]]:
+    """On a CPU all take turns: what else it does must meet them alike."""
+    known = ON_CUDA if device == "cuda" else ()
+    groups = [[name for name in group if name in names] for group in known]
+    return [*groups, [name for name in names if name not in chain(*known)]]
 
 
 def _take_turns(contenders: list[Contender], rounds: int, keep: Callable[[], None]) -> None:
@@ -169,9 +193,13 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     report = Report(f"training step on {given.device}, {given.threads} thread(s)")
-    forms = tuple(FORMS) if given.forms else ()
+    forms: tuple[str, ...] = ()
     if given.device == "cuda":
-        forms = tuple(name for name in ON_CUDA if not (given.no_compile and "compiled" in name))
+        forms = tuple(n for n in chain(*ON_CUDA) if not (given.no_compile and "compiled" in n))
+    elif given.forms:
+        from benchmarks.contenders import FORMS
+
+        forms = tuple(FORMS)
     save = functools.partial(report.write, given.json) if given.json else lambda: None
     measure(report, given.device, threads=given.threads, rounds=given.rounds,
             peer=not given.without_lucidrains, forms=forms, save=save)  # fmt: skip

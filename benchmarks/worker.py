@@ -26,6 +26,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STARTING_SECONDS, STEP_SECONDS = 300, 120  # imports and a compiler; a step on a busy machine
 
 
+def environment() -> dict[str, str]:
+    """That of a process which starts in ROOT, wherever this one did, and compiles its kernels.
+
+    Packages that were carried to a machine without a network lie in a folder or are wheels of pure
+    Python; PYTHONPATH names them, perhaps relative to where this process was started.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    carried = [entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return kept | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, carried))}
+
+
 class Unavailable(Exception):
     """The contender does not run here; the message says why."""
 
@@ -122,14 +133,16 @@ class Child:
 class Worker:
     """The parent's end of one contender."""
 
-    def __init__(self, python: str, arguments: Sequence[str], threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        environment.pop("TRITON_INTERPRET", None)
-        self._child = Child([python, "-m", *arguments], environment)
+    def __init__(
+        self, python: str, arguments: Sequence[str], threads: int,
+        starting_seconds: float = STARTING_SECONDS,
+    ) -> None:  # fmt: skip
+        settings = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        self._child = Child([python, "-m", *arguments], environment() | settings)
         self.wall_seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.launch_seconds: list[float] = []
-        self.about: dict[str, Any] = json.loads(self._line(STARTING_SECONDS))
+        self.about: dict[str, Any] = json.loads(self._line(starting_seconds))
 
     def step(self) -> None:
         """Take one step and keep its times."""

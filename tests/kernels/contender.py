@@ -20,6 +20,8 @@ def main() -> None:
 
     if how == "never starts":
         raise ModuleNotFoundError("No module named 'diffusers'")
+    if how == "starts late":
+        time.sleep(60)
     serve(lambda: (step, {"parameters": 7, "how": how}))
 
 

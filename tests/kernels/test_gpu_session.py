@@ -31,8 +31,8 @@ def test_a_second_session_replaces_what_it_measures_and_keeps_the_rest(tmp_path)
     assert written["rows"] == [
         {"proof": "b", "result": "seen", "part": "proofs"},
         {"proof": "a", "result": "shown", "part": "proofs"},
-        {"op": "mask_add", "by": "ours", "p50_ms": 3.0, "part": "kernels: masks"},
         {"step": "ours", "p50_ms": 9.0, "part": "train_step"},
+        {"op": "mask_add", "by": "ours", "p50_ms": 3.0, "part": "kernels: masks"},
     ]
     assert [target["value"] for target in written["targets"]] == [3.0]
     assert written["commands"] == ["first", "second"]
@@ -53,7 +53,8 @@ def test_no_part_starts_when_the_seconds_are_spent(tmp_path, with_a_gpu):
     _session(path).put("train_step", [{"step": "ours", "p50_ms": 9.0}])
     run(_session(path, seconds=1.0), (), "cuda", quick=True)
     rows = json.loads(path.read_text())["rows"]
-    assert rows[-1] == {"step": "ours", "p50_ms": 9.0, "part": "train_step"}
+    steps = [row for row in rows if row["part"] == "train_step"]
+    assert steps == [{"step": "ours", "p50_ms": 9.0, "part": "train_step"}]
     results = {row["proof"]: row["result"] for row in rows if "proof" in row}
     assert results.pop("a second gpu") == "the same bits"
     assert len(results) == len(gpu_session.PROOFS) - 1
@@ -67,6 +68,34 @@ def test_a_proof_that_fails_keeps_no_other_from_being_tried(with_a_gpu):
     assert [row["result"].partition(":")[0] for row in session.report.rows] == ["FAILED"] * 2
     assert all(len(row["result"]) > len("FAILED: ") for row in session.report.rows)
     assert session.failed == 2
+
+
+def test_what_is_missing_is_said_first_and_only_what_needs_it_is_left_out(
+    with_a_gpu, monkeypatch, capsys
+):
+    asked = []
+    needed = (*gpu_session._NEEDED, "no_diffusers.models", "benchmarks.page")
+    monkeypatch.setattr(gpu_session, "_NEEDED", needed)
+    monkeypatch.setattr(gpu_session, "prove", lambda _, proofs: asked.extend(proofs))
+    monkeypatch.setattr(gpu_session, "tabulate", lambda _, part, *__: asked.append(part))
+    session = _session(None)
+    run(session, (), "cuda", quick=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["not measured: the training step and what is proven of networks, for want of "
+                     "no_diffusers"]  # fmt: skip
+    (row,) = session.report.rows
+    assert (row["part"], row["result"]) == ("train_step", "not measured: no no_diffusers")
+    assert "train_step" not in asked
+    assert set(gpu_session.PROOFS) | {f"kernels: {g}" for g in gpu_session.GROUPS} == set(asked)
+
+
+def test_a_proof_that_lacks_a_package_has_not_failed(monkeypatch, capsys):
+    def proof():
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    monkeypatch.setattr(gpu_session, "PROOFS", (proof,))
+    gpu_session.say(["proof"])
+    assert capsys.readouterr().out == "proof not measured: No module named 'diffusers'\n"
 
 
 def test_what_hangs_is_ended_and_what_fails_says_why(tmp_path):
