@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels._mask_add_cpu import mask_add_reference
-from kernels.noise import _normal_kernel, fill_normal_reference
-
-_PAST = (1 << 31) + (1 << 20) + 5
+from kernels.noise import _normal_kernel
 
 
-def _stream(batch: int, device: str, step: int = 3) -> dict[str, Tensor]:
+def stream_of(batch: int, device: str, step: int = 3) -> dict[str, Tensor]:
     values = {"key": torch.tensor(kernels.derive_key(1, "gpu session")), "step": torch.tensor(step)}
     values["sample_id"] = torch.arange(batch) * (2**33 + 12_345) - 3
     return {name: value.to(device) for name, value in values.items()}
 
 
-def _normal(shape: tuple[int, ...], stream: dict[str, Tensor], out: torch.dtype) -> Tensor:
+def normal_of(shape: tuple[int, ...], stream: dict[str, Tensor], out: torch.dtype) -> Tensor:
     return kernels.normal(shape, **stream, dtype=out)
 
 
-class _Batch:
+class Batch:
     """One batch of everything, and every op on any rows of it."""
 
     def __init__(self, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
@@ -36,7 +33,7 @@ class _Batch:
         self.t = torch.arange(shape[0], device=device) % 1000
         self.table = torch.linspace(0.999, 0.001, 1000).to(device)
         self.weight = torch.linspace(0.5, 2.0, shape[1]).to(device)
-        self.stream = _stream(shape[0], device)
+        self.stream = stream_of(shape[0], device)
 
     def run(self, op: str, rows: slice = slice(None)) -> Tensor:
         x_0, pred, t, table = self.x_0[rows], self.pred[rows], self.t[rows], self.table
@@ -70,8 +67,8 @@ OPS = (
 def normals_have_the_bits_of_the_cpu(device: str = "cuda") -> str:
     total = 0
     for shape in ((64, 3, 32, 32), (3, 12_345), (1, 1 << 22)):
-        there = _normal(shape, _stream(shape[0], device), torch.float32).cpu()
-        here = _normal(shape, _stream(shape[0], "cpu"), torch.float32)
+        there = normal_of(shape, stream_of(shape[0], device), torch.float32).cpu()
+        here = normal_of(shape, stream_of(shape[0], "cpu"), torch.float32)
         assert torch.equal(there.view(torch.int32), here.view(torch.int32)), shape
         total += here.numel()
     return f"{total} normals"
@@ -102,8 +99,8 @@ def masks_have_the_bits_of_the_cpu(device: str = "cuda", n: int = 300_001) -> st
 
 
 def blocks_and_warps_leave_the_bits_alone(device: str = "cuda") -> str:
-    stream, elements = _stream(3, device), 5000
-    want = _normal((3, elements), stream, torch.float32)
+    stream, elements = stream_of(3, device), 5000
+    want = normal_of((3, elements), stream, torch.float32)
     for block in (64, 512, 2048):
         for warps in (1, 2, 4, 8):
             out, blocks = torch.full_like(want, float("nan")), -(-elements // block)
@@ -117,7 +114,7 @@ def blocks_and_warps_leave_the_bits_alone(device: str = "cuda") -> str:
 
 def a_batch_past_the_limits_of_a_grid(device: str = "cuda") -> str:
     samples = 70_001  # the second and third dimension of a grid end at 65,535
-    batch = _Batch((samples, 1, 2, 3), device, torch.float32)
+    batch = Batch((samples, 1, 2, 3), device, torch.float32)
     end = slice(samples - 3, samples)
     for op in OPS:
         assert torch.equal(batch.run(op)[end], batch.run(op, end)), op
@@ -147,16 +144,18 @@ def _compare_norms(
         leaves = [v.detach().to(where, copy=True).requires_grad_() for v in given]
         y = kernels.group_norm_silu(leaves[0], 32, *leaves[1:3], scale=leaves[3], shift=leaves[4])
         results.append([y, *torch.autograd.grad(y, leaves, upstream.to(where))])
-    _assert_close(*results, tolerance)
+    assert_close(*results, tolerance)
 
 
-def _assert_close(here: list[Tensor], there: list[Tensor], tolerance: float) -> None:
+def assert_close(here: list[Tensor], there: list[Tensor], tolerance: float, of: str = "") -> None:
+    """Relative to the largest number of each tensor."""
     for ours, theirs in zip(here, there, strict=True):
         assert ours.data_ptr() != theirs.data_ptr(), "compared with itself"
         largest = ours.abs().max().item()
         torch.testing.assert_close(
-            theirs.cpu(), ours.cpu(), rtol=tolerance, atol=tolerance * largest
-        )
+            theirs.cpu(), ours.cpu(), rtol=tolerance, atol=tolerance * largest,
+            msg=lambda said: f"{of}: {said}" if of else said,
+        )  # fmt: skip
 
 
 def elementwise_ops_are_those_of_the_cpu(device: str = "cuda") -> str:
@@ -168,18 +167,18 @@ def elementwise_ops_are_those_of_the_cpu(device: str = "cuda") -> str:
             given = (x_0, x.to(dtype), eps.to(dtype))
             for objective in ("eps", "x0", "v"):
                 results = [_of_images(*given, objective, where) for where in ("cpu", device)]
-                _assert_close(*results, tolerance)
+                assert_close(*results, tolerance)
     for dtype in (torch.float32, torch.bfloat16):
         flat = torch.randn(7, 70_001, generator=generator)
         results = [_optimised(flat, dtype, where) for where in ("cpu", device)]
-        _assert_close(*results, 1e-5)
+        assert_close(*results, 1e-5)
     return "q_sample, add_noise, loss and gradient, DDPM, DDIM, optimiser; float32 and bfloat16"
 
 
 def _of_images(x_0: Tensor, x: Tensor, eps: Tensor, objective: str, where: str) -> list[Tensor]:
     x_0, x, eps = (v.to(where) for v in (x_0, x, eps))
     t = torch.arange(x_0.shape[0], device=where) * 199
-    table, stream = torch.linspace(0.999, 0.001, 1000).to(where), _stream(x_0.shape[0], where)
+    table, stream = torch.linspace(0.999, 0.001, 1000).to(where), stream_of(x_0.shape[0], where)
     pred = eps.clone().requires_grad_()
     loss = kernels.ddpm_loss(pred, x_0, t, table, **stream, objective=objective, snr_gamma=5.0)
     (gradient,) = torch.autograd.grad(loss.sum(), pred)
@@ -204,76 +203,9 @@ def _optimised(flat: Tensor, dtype: torch.dtype, where: str) -> list[Tensor]:
     return [param, m, v, average]
 
 
-def more_than_2_to_the_31_elements_in_a_sample(device: str = "cuda", elements: int = _PAST) -> str:
-    """The last full groups of four, against those that the CPU makes of their counters."""
-    stream, here = _stream(1, device), _stream(1, "cpu")
-    made = _normal((1, elements), stream, torch.bfloat16)[0]
-    for first in (0, elements // 8, elements // 4 - 1024):
-        want = torch.empty(1, 1024, 4)
-        fill_normal_reference(want, here["key"], here["sample_id"], here["step"], first)
-        got = made[4 * first : 4 * first + 4096].cpu()
-        assert torch.equal(got, want.view(-1).bfloat16()), first
-    return f"{elements} elements, compared with the CPU's at both ends and in between"
-
-
-def more_than_2_to_the_31_elements_in_a_batch(
-    device: str = "cuda", samples: int = (1 << 15) + 2
-) -> str:
-    batch = _Batch((samples, 256, 16, 16), device, torch.bfloat16)
-    end = slice(samples - 2, samples)
-    for op in OPS:
-        assert torch.equal(batch.run(op)[end], batch.run(op, end)), op
-    return f"{batch.x_0.numel()} elements, {len(OPS)} ops"
-
-
-def masks_of_more_than_2_to_the_31_elements(device: str = "cuda", n: int = _PAST) -> str:
-    """Two tensors that meet in the last 700 elements; what is compared is the vector's end."""
-    tail, sizes = slice(n - 1000, n), [n - 700, 700]
-    quantisers = {
-        where: kernels.Quantiser.of(
-            ring=8, sizes=sizes, clips=[2.0**-6, 2.0**-4], count=3, total_count=7, scale=99,
-            silo=4, device=where,
-        ) for where in (device, "cpu")
-    }  # fmt: skip
-    keys = torch.arange(64, dtype=torch.uint8, device=device).view(2, 32)
-    signs = torch.tensor([1, -1], device=device)
-    delta, residual = (torch.randn(n, device=device) * 0.01 for _ in range(2))
-    words, carried, _ = kernels.mask_add(
-        delta, residual, quantisers[device], rounding_key=keys[0], keys=keys, signs=signs
-    )
-    q, words_here, carried_here = quantisers["cpu"], words.new_zeros(1000).cpu(), torch.zeros(1000)
-    as_words = keys.cpu().view(torch.int32)
-    mask_add_reference(
-        words_here, delta[tail].cpu(), residual[tail].cpu(), carried_here,
-        q.ends, q.up, q.down, q.bounds, q.point, as_words[0], as_words, signs.cpu(), n - 1000,
-    )  # fmt: skip
-    assert torch.equal(words[tail].cpu(), words_here), "words differ"
-    assert torch.equal(carried[tail].cpu(), carried_here), "residuals differ"
-    kernels.add_masks_(words, keys=keys, signs=-signs)  # without masks: what was quantised
-    kernels.add_masks_(words_here, keys=keys.cpu(), signs=-signs.cpu(), first=n - 1000)
-    assert torch.equal(words[tail].cpu(), words_here), "words without masks differ"
-    return f"{n} elements quantised and masked to 8 bits, the last 1,000 compared with the CPU's"
-
-
-def optimiser_of_more_than_2_to_the_31_elements(device: str = "cuda", n: int = _PAST) -> str:
-    """The end of the buffers after a step, against a step of that end alone."""
-    whole = [torch.rand(n, device=device) for _ in range(5)]
-    grad = whole[1].bfloat16()
-    ends = [buffer[-1000:].clone() for buffer in (whole[0], grad, *whole[2:])]
-    for param, gradient, m, v, average in ((whole[0], grad, *whole[2:]), ends):
-        kernels.adamw_ema_(
-            param, gradient, m, v, lr=torch.tensor(1e-2, device=device),
-            step=torch.tensor(3, device=device), weight_decay=0.1, ema=average,
-            ema_decay=torch.tensor(0.9, device=device),
-        )  # fmt: skip
-    compared = [(whole[0], ends[0]), *zip(whole[2:], ends[2:], strict=True)]
-    _assert_close([end for _, end in compared], [all_[-1000:] for all_, _ in compared], 1e-6)
-    return f"{n} parameters, the last 1,000 compared with a step of theirs alone"
-
-
 def a_second_stream() -> str:
     """What is launched on another stream waits for nothing on the first, which is kept busy."""
-    batch = _Batch((64, 8, 16, 16), "cuda", torch.float32)
+    batch = Batch((64, 8, 16, 16), "cuda", torch.float32)
     expected = {op: batch.run(op) for op in OPS}
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
@@ -295,24 +227,24 @@ def a_second_gpu() -> str | None:
     if torch.cuda.device_count() < 2:
         return None
     shape = (64, 3, 32, 32)
-    got = _normal(shape, _stream(64, "cuda:1"), torch.float32)
-    assert torch.equal(got.cpu(), _normal(shape, _stream(64, "cpu"), torch.float32))
+    got = normal_of(shape, stream_of(64, "cuda:1"), torch.float32)
+    assert torch.equal(got.cpu(), normal_of(shape, stream_of(64, "cpu"), torch.float32))
     return "the same bits"
 
 
 def n_replays_make_n_noises() -> str:
-    stream, shape, replays = _stream(8, "cuda"), (8, 3, 32, 32), 16
+    stream, shape, replays = stream_of(8, "cuda"), (8, 3, 32, 32), 16
     step = stream["step"]
-    _normal(shape, stream, torch.float32)  # compiled before the capture
+    normal_of(shape, stream, torch.float32)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     step.fill_(0)
     with torch.cuda.graph(graph):
-        out = _normal(shape, stream, torch.float32)
+        out = normal_of(shape, stream, torch.float32)
         step.add_(1)
     step.fill_(0)
     for i in range(replays):
         graph.replay()
-        want = _normal(shape, _stream(8, "cuda", step=i), torch.float32)
+        want = normal_of(shape, stream_of(8, "cuda", step=i), torch.float32)
         assert torch.equal(out, want), i
     return f"{replays} replays, each the noise of its step"
 
@@ -322,7 +254,7 @@ class _Step:
 
     def __init__(self, device: str) -> None:
         self.x_0 = torch.arange(8 * 4 * 64, device=device).view(8, 4, 8, 8).to(torch.uint8)
-        self.stream = _stream(8, device, step=1)
+        self.stream = stream_of(8, device, step=1)
         self.table = torch.linspace(0.999, 0.001, 1000).to(device)
         self.flat = torch.linspace(0.5, 1.5, 8).to(device)
         self.moments = torch.zeros(2, 8, device=device)
@@ -374,7 +306,7 @@ def replays_of_a_training_step_are_its_steps(device: str = "cuda", steps: int = 
     return f"{steps} steps, the same bits by hand and replayed"
 
 
-QUICK: tuple[Callable[[], str | None], ...] = (
+PROOFS: tuple[Callable[[], str | None], ...] = (
     normals_have_the_bits_of_the_cpu,
     masks_have_the_bits_of_the_cpu,
     blocks_and_warps_leave_the_bits_alone,
@@ -385,10 +317,4 @@ QUICK: tuple[Callable[[], str | None], ...] = (
     replays_of_a_training_step_are_its_steps,
     a_second_stream,
     a_second_gpu,
-)
-LARGE: tuple[Callable[[], str | None], ...] = (  # up to 45 GB of the device's memory
-    more_than_2_to_the_31_elements_in_a_sample,
-    more_than_2_to_the_31_elements_in_a_batch,
-    masks_of_more_than_2_to_the_31_elements,
-    optimiser_of_more_than_2_to_the_31_elements,
 )

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_session [--seconds 800] [--only PART] [--results FOLDER] [--quick]
 
-In this order: proofs that take seconds (`benchmarks.gpu_proofs`: bits, streams, graphs, grids); the
-tables of `benchmarks.train_step` and of `benchmarks.kernels`, group by group; proofs with more
-than 2^31 elements; compute-sanitizer where it is installed and may watch the device. `--only
+In this order: proofs that take seconds (`benchmarks.gpu_proofs`: bits, streams, graphs, grids;
+`gpu_networks`; `gpu_ops`: strides, opcheck); the tables of `benchmarks.train_step` and, group by
+group, of `benchmarks.kernels`; proofs with more than 2^31 elements (`gpu_large`) and of
+torch.compile; compute-sanitizer where it is installed and may watch the device. `--only
 proofs`, `kernels` or `train_step`, which may be given several times, leaves the others out. First
 of all it says which packages are missing, and what will not be measured for want of them; those
 that were carried along (`pip install --target FOLDER`) are found where PYTHONPATH names the folder.
@@ -36,15 +37,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, train_step
-from benchmarks.gpu_proofs import LARGE, QUICK
+from benchmarks import gpu_large, gpu_networks, gpu_ops, gpu_proofs, kernels, train_step
 from benchmarks.gpu_sanitizer import SANITIZER_SECONDS, compute_sanitizer_finds_nothing
 from benchmarks.kernel_cases import GROUPS
 from benchmarks.measure import NOT_MEASURED, Report, Target, machine
 from benchmarks.worker import ROOT, Child, environment
 
+Row = dict[str, Any]
+Proof = Callable[[], str | None]
 RESULTS = ROOT / "benchmarks" / "results"
-PROOFS = (*QUICK, *LARGE, compute_sanitizer_finds_nothing)
+QUICK: tuple[Proof, ...] = (*gpu_proofs.PROOFS, *gpu_networks.PROOFS, *gpu_ops.PROOFS)
+SLOW: tuple[Proof, ...] = (*gpu_large.PROOFS, *gpu_ops.SLOW, compute_sanitizer_finds_nothing)
+PROOFS = (*QUICK, *SLOW)
 PARTS = ("proofs", "kernels", "train_step")
 PROOF_SECONDS = {compute_sanitizer_finds_nothing.__name__: SANITIZER_SECONDS + 20}
 TABLE_SECONDS = {"masks": 60, "norms": 120, "optimiser": 60, "elementwise": 240, "train_step": 300}
@@ -54,7 +58,6 @@ _NEEDED = ("pydantic", "safetensors.torch", "diffusers.models.unets.unet_2d", "d
 _SPENT = f"{NOT_MEASURED}: the session's seconds were spent"
 _LEAST_SECONDS = 15.0  # no process starts with less: it would end among its imports
 _VERSIONS = ("gpu", "torch", "triton")
-Row = dict[str, Any]
 
 
 def _of(row: Row) -> tuple[Any, ...]:
@@ -120,7 +123,7 @@ def _child(arguments: Sequence[str]) -> Iterator[Child]:
         child.end(patience=0)
 
 
-def prove(session: Session, proofs: Sequence[Callable[[], str | None]]) -> None:
+def prove(session: Session, proofs: Sequence[Proof]) -> None:
     """A row for every proof, from as few processes as there are failures, and one."""
     names = [proof.__name__ for proof in proofs]
     while names:
@@ -190,7 +193,7 @@ def _run(arguments: list[str], seconds: float) -> str | None:
 
 def lacking() -> list[str]:
     """The packages without which no network can be trained here."""
-    missing = {}
+    missing: dict[str, None] = {}
     for name in _NEEDED:
         try:
             importlib.import_module(name)
@@ -240,7 +243,7 @@ def run(session: Session, only: Sequence[str], device: str, quick: bool) -> None
             arguments = [*options, rounds, f"--only={group}"]
             tabulate(session, f"kernels: {group}", TABLE_SECONDS[group], "kernels", arguments)
     if "proofs" in wanted:
-        prove(session, (*LARGE, compute_sanitizer_finds_nothing))
+        prove(session, SLOW)
 
 
 def results_of(folder: pathlib.Path) -> pathlib.Path:

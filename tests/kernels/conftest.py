@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kernels
+from benchmarks.op_cases import in_layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["*/interpreter/*"]
@@ -54,21 +55,6 @@ def stream():
 def alpha_bar():
     """The linear schedule of DDPM."""
     return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0)
-
-
-def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers in another memory layout; expanded, those of the first sample for all."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
-    if layout == "permuted":  # dense, but neither NCHW nor channels_last
-        return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    if layout == "expanded":
-        return x[:1].expand_as(x)
-    return x.contiguous()
 
 
 LAYOUTS = ("nchw", "channels_last", "sliced", "permuted")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import kernels
+from benchmarks.gpu_networks import NETWORKS
 from kernels._group_norm_silu_cpu import group_norm_silu_reference
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -265,33 +266,9 @@ def test_errors_say_what_was_wrong():
             kernels.group_norm_silu(*arguments, **options)
 
 
-CONFIGURATIONS = {  # the second with a sixth of its channels and a third of its layers
-    "google/ddpm-cifar10-32": dict(
-        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-        norm_eps=1e-6,
-    ),
-    "openai/diffusers-cd_imagenet64_l2": dict(
-        sample_size=64, block_out_channels=(32, 64, 96, 128), layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3),
-        up_block_types=(*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"), norm_eps=1e-5,
-        attention_head_dim=16, attn_norm_num_groups=8, norm_num_groups=8, num_class_embeds=1000,
-        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
-    ),
-    "classes, convolutions between scales": dict(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=8,
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=10,
-        mid_block_scale_factor=2**0.5,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
-    unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **CONFIGURATIONS[name])
+    unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **NETWORKS[name])
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 500])
     labels = None if unet.class_embedding is None else torch.tensor([1, 7])
     names, modules = list(unet.state_dict()), list(unet.modules())
@@ -322,10 +299,10 @@ def test_a_diffusers_unet_computes_the_same_and_can_be_had_back(name):
     assert list(unet.state_dict()) == names
 
 
-@pytest.mark.parametrize("name", list(CONFIGURATIONS)[1:])
+@pytest.mark.parametrize("name", list(NETWORKS)[1:])
 def test_in_bfloat16_and_channels_last_it_is_as_near_to_float32_as_torch(name):
     """Under autocast, as training runs it: output and whole gradient, by their norms."""
-    unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **CONFIGURATIONS[name])
+    unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **NETWORKS[name])
     unet.to(memory_format=torch.channels_last)
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     t, labels = torch.tensor([3, 500, 900, 20]), torch.tensor([1, 7, 0, 9])
