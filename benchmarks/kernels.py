@@ -3,12 +3,12 @@
     python -m benchmarks.kernels [--device cuda] [--only GROUP] [--no-compile] [--json FILE]
 
 GB/s counts the bytes an operation cannot avoid moving; `of_copy` is their share of the copy
-bandwidth measured in the same run. `launch_us` is the time the host needs to enqueue a call and
-`graph_ms` a call's share of a replayed CUDA graph; both exist on CUDA only. p20, p50 and p80 are of
-the wall clock and include the launch. `rates_of` says of which clock GB/s and shares are: of the
-replay, or of the wall clock and why nothing was captured. Aims are of replays alone, so that the
-aim of what cannot be captured is not measured. Masks are bound by arithmetic, not by memory: their
-GB/s is keystream made, of which none is moved.
+bandwidth measured in the same run by the same clock. `launch_us` is the time the host needs to
+enqueue a call and `graph_ms` a call's share of a replayed CUDA graph; both exist on CUDA only. p20,
+p50 and p80 are of the wall clock and include the launch. `rates_of` says of which clock GB/s and
+shares are: of the replay, or of the wall clock and why nothing was captured. Aims are of replays
+alone, so that the aim of what cannot be captured is not measured. Masks are bound by arithmetic,
+not by memory: their GB/s is keystream made, of which none is moved.
 
 What makes noise is bound by the memory or by the noise's arithmetic. `kernels.normal` of as many
 elements, stored in two bytes each, is measured beside it ("noise alone"), and the aim is a share of
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.kernel_cases import GROUPS, NOISE, Case, Job
 from benchmarks.measure import NOT_MEASURED, Report, side_by_side
@@ -58,12 +59,18 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a copy too large for the caches: the best of several."""
+def copy_bandwidth(device: str) -> tuple[float, str]:
+    """Bytes read and written a second by a copy too large for the caches, and by which clock: that
+    of what is judged by it."""
     source = torch.empty(1 << 25 if device == "cpu" else 1 << 28, device=device)
     target = torch.empty_like(source)
-    taken = side_by_side({"copy": lambda: target.copy_(source)}, rounds=7, wait=_wait(device))
-    return 8 * source.numel() / min(taken["copy"].samples)
+
+    def copy() -> Tensor:
+        return target.copy_(source)
+
+    taken = side_by_side({"copy": copy}, rounds=7, wait=_wait(device))
+    found = _clocked(copy, taken["copy"].p50, device)
+    return 8 * source.numel() / found.seconds, found.clock
 
 
 def _wait(device: str) -> Callable[[], object]:
@@ -102,6 +109,10 @@ def _launch_seconds(job: Job) -> float:
     taken = (time.perf_counter() - start) / 20
     torch.cuda.synchronize()
     return taken
+
+
+def _clocked(job: Job, wall: float, device: str) -> Measured:
+    return _replayed(job, wall) if device == "cuda" else Measured(wall)
 
 
 def _replayed(job: Job, wall: float) -> Measured:
@@ -147,6 +158,7 @@ def _jobs(
         except RuntimeError as failure:
             cannot("compile", failure)
             del jobs["compile"]
+    jobs |= case.others
     if case.noise and device == "cuda":
         jobs[NOISE] = case.noise
     return jobs
@@ -163,10 +175,9 @@ def _rows(
     measured: dict[str, Measured] = {}
     for by, times in taken.items():
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
-        measured[by] = found = Measured(times.p50)
         if device == "cuda":
             columns["launch_us"] = round(1e6 * _launch_seconds(jobs[by]), 1)
-            measured[by] = found = _replayed(jobs[by], times.p50)
+        measured[by] = found = _clocked(jobs[by], times.p50, device)
         if found.replay is not None:
             columns["graph_ms"] = round(1e3 * found.replay, 4)
         columns |= times.milliseconds() | case.rates(by, found.seconds, copy)
@@ -224,8 +235,9 @@ def measure(
     # All on one stream that is not the default one: a capture that meets what was made there fails.
     side = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
-        copy = copy_bandwidth(device)
-        report.row(op="copy", device=device, by="torch", gb_s=round(copy / 1e9, 2), of_copy=1.0)
+        copy, clock = copy_bandwidth(device)
+        rate = {"gb_s": round(copy / 1e9, 2), "of_copy": 1.0, "rates_of": clock}
+        report.row(op="copy", device=device, by="torch", **rate)
         for group in groups:
             cases = list(GROUPS[group](device))  # what they are given is drawn before any capture
             for case in cases:

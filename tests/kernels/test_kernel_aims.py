@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.kernel_cases import NOISE, Case
+from benchmarks import kernels as benchmark
+from benchmarks.contenders import SPECS
+from benchmarks.kernel_cases import GROUPS, NOISE, Case, cifar_sizes
 from benchmarks.kernels import AIMS, Measured, _first_cause, _target, measure
 from benchmarks.measure import Report
+from diffusion.model import build_model, parameter_layout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is measured")
@@ -68,7 +71,7 @@ def test_a_case_that_fails_costs_no_other_its_row(monkeypatch):
 
     cases = {"one": lambda device: [Case("bad", None, fail), Case("good", 8, lambda: None)]}
     monkeypatch.setattr("benchmarks.kernels.GROUPS", cases)
-    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda _: (1e9, "wall clock"))
     report = Report("fused operations")
     measure(report, "cpu", rounds=1, compiled=False)
     _, bad, good = report.rows
@@ -87,9 +90,52 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     cases = {"one": lambda device: [Case("good", 8, lambda: None, lambda: None)]}
     monkeypatch.setattr("benchmarks.kernels.GROUPS", cases)
-    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("benchmarks.kernels.copy_bandwidth", lambda _: (1e9, "wall clock"))
     report = Report("fused operations")
     measure(report, "cpu", rounds=1, compiled=True)
     said = {row["by"]: row.get("rates_of") for row in report.rows}
     assert said["compile"] == "not measured: no C compiler"
     assert said["ours"] == said["eager"] == "wall clock"
+
+
+def test_the_copy_is_timed_by_the_clock_of_what_is_judged_by_it(monkeypatch):
+    replays = []
+
+    def replayed(job, wall):
+        replays.append(job())
+        return Measured(wall, replay=0.5)
+
+    monkeypatch.setattr(benchmark, "_replayed", replayed)
+    monkeypatch.setattr(benchmark, "_wait", lambda device: lambda: None)
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, device: real(min(n, 1000)))
+    bandwidth, clock = benchmark.copy_bandwidth("cuda")
+    assert (bandwidth, clock) == (8 * 1000 / 0.5, "replay")
+    assert len(replays) == 1
+
+
+def test_masks_are_measured_in_the_tensors_of_the_network():
+    with torch.device("meta"):
+        model = build_model(SPECS["cuda"])
+    layout = parameter_layout(model)
+    starts = [offset for _, _, offset in layout]
+    ends = [*starts[1:], sum(p.numel() for p in model.parameters())]
+    assert cifar_sizes() == [end - start for start, end in zip(starts, ends, strict=True)]
+
+
+def _tensors(made):
+    return [v.detach().float() for v in (made if isinstance(made, tuple) else (made,))]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_case_runs_and_does_what_its_rivals_do(group):
+    """Where both make the same noise or none."""
+    compared = set()
+    for case in GROUPS[group]("cpu"):
+        ours = case.ours()
+        for rival in filter(None, (case.eager, *case.others.values())):
+            theirs = rival()
+            if case.name.startswith(("add_noise", "sampler_step, DDIM", "group_norm_silu")):
+                torch.testing.assert_close(_tensors(theirs), _tensors(ours), rtol=1e-3, atol=1e-3)
+                compared.add(case.name)
+    assert len(compared) == {"norms": 1, "elementwise": 2}.get(group, 0)
