@@ -49,9 +49,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUICK: tuple[Proof, ...] = (*gpu_proofs.PROOFS, *gpu_networks.PROOFS, *gpu_ops.PROOFS)
 SLOW: tuple[Proof, ...] = (*gpu_large.PROOFS, *gpu_ops.SLOW, compute_sanitizer_finds_nothing)
 PROOFS = (*QUICK, *SLOW)
+TITLE = "GPU session"
 PARTS = ("proofs", "kernels", "train_step")
 PROOF_SECONDS = {compute_sanitizer_finds_nothing.__name__: SANITIZER_SECONDS + 20}
-TABLE_SECONDS = {"masks": 60, "norms": 120, "optimiser": 60, "elementwise": 240, "train_step": 300}
+TABLE_SECONDS = {"masks": 60, "norms": 120, "optimiser": 80, "elementwise": 240, "train_step": 300}
 _ORDER = ("proofs", "train_step", *(f"kernels: {group}" for group in GROUPS))
 # Of `concilium[silo]`, what a network and its training take. The last imports all of it.
 _NEEDED = ("pydantic", "safetensors.torch", "diffusers.models.unets.unet_2d", "diffusion.training")
@@ -70,7 +71,7 @@ class Session:
 
     def __init__(self, path: pathlib.Path | None, seconds: float, command: str) -> None:
         self._end = time.monotonic() + seconds
-        self.report, self.path = Report("GPU session", commands=[command]), path
+        self.report, self.path = Report(TITLE, commands=[command]), path
         self.failed = 0
         if path is not None and path.exists():
             kept = json.loads(path.read_text())

@@ -4,8 +4,9 @@
 
 Each benchmarks/results/NAME.json becomes a section: what it measured, on which machine, which
 targets it met, and its rows. benchmarks/notes.toml says, by the name of a target, what bounds a
-figure that stays short, and under [runs], by NAME, how a run was made. `--check` writes nothing
-and fails where the page is not what the results say.
+figure that stays short, and under [runs], by NAME, how a run was made. Where no file is of a GPU,
+what `benchmarks.gpu_session` would measure is listed as not measured. `--check` writes nothing and
+fails where the page is not what the results say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_session
 from benchmarks.measure import NOT_MEASURED
 
 RESULTS = Path(__file__).with_name("results")
@@ -39,11 +41,20 @@ def page() -> str:
     results = {path: json.loads(path.read_text("utf-8")) for path in found}
     # What the soak and the fuzzer count is no report of `benchmarks.measure`.
     reports = {path: result for path, result in results.items() if "targets" in result}
+    if not any(result["title"] == gpu_session.TITLE for result in reports.values()):
+        reports |= {RESULTS / "no-gpu.json": _without_a_gpu()}
     return "\n".join([HEAD, *(_section(path, result, notes) for path, result in reports.items())])
+
+
+def _without_a_gpu() -> Row:
+    session = gpu_session.Session(None, 0.0, "python -m benchmarks.gpu_session")
+    gpu_session.unmeasured(session)
+    return session.report.as_dict() | {"machine": {"gpu": None}}
 
 
 def _section(path: Path, result: dict[str, Any], notes: dict[str, Any]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)
+    machine = machine or NOT_MEASURED
     title = f"## {result['title']}"
     commands = result.get("commands", [f"python -m benchmarks.{path.stem}"])
     made_by = ", ".join(f"`{command}`" for command in commands)

@@ -126,3 +126,18 @@ def test_the_page_names_the_commands_that_made_a_result(tmp_path, monkeypatch):
     Report("masks").write(tmp_path / "masks.json")
     assert f"`{commands[0]}`, `{commands[1]}`" in page.page()
     assert "`python -m benchmarks.masks`" in page.page()
+
+
+def test_the_page_says_of_a_gpu_that_nothing_was_measured_until_something_was(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    without = page.page()
+    for name in ("step_vs_diffusers_cuda", "group_norm_silu_vs_eager", "mask_add_ms"):
+        (line,) = (line for line in without.splitlines() if f"| `{name}` |" in line)
+        assert line.count("not measured") == 2
+    title = "three steps are those of the cpu"
+    assert f"| {title} | not measured |" in without
+    assert "| ours, CUDA graph | not measured" in without
+    Report(gpu_session.TITLE).write(tmp_path / "nvidia-h200.json")
+    assert title not in page.page()
