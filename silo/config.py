@@ -64,7 +64,8 @@ class Data(Spec):
 
     format: Format = "auto"
     """dicom (folder of files), images (folder of PNG and JPEG), nifti (slices of volumes), npz
-    (MedMNIST's layout), idx (MNIST's), cifar (its binary layout), auto (by what lies there)."""
+    (MedMNIST's layout), idx (MNIST's), cifar (its binary and its Python version), auto (by what
+    lies there)."""
 
     window: Window | None = None
     """DICOM and NIfTI: centre and width of what becomes black to white, in the units after rescale

@@ -147,11 +147,12 @@ def open_dataset(
 def _guess(path: Path) -> str:
     if path.is_file():
         by_suffix = {".npz": "npz", ".bin": "cifar"}
-        return by_suffix.get(path.suffix) or _medical(path) or "idx"
+        otherwise = "cifar" if cifar.knows(path) else "idx"
+        return by_suffix.get(path.suffix) or _medical(path) or otherwise
     names = [p.name for p in path.iterdir()]
     if any("idx3-ubyte" in name for name in names):
         return "idx"
-    if next(cifar.files(path), None) or cifar.python_version(path):
+    if next(cifar.files(path), None):
         return "cifar"
     if any(name.endswith(".npz") for name in names):
         return "npz"

@@ -3,8 +3,10 @@
     images = 00 00 08 03 || u32 n || u32 h || u32 w || n·h·w bytes          (big-endian)
     labels = 00 00 08 01 || u32 n || n bytes
 
-From a folder with files that begin with `train-` only those are taken. Labels are in the file
-beside the images whose name has `labels-idx1` for `images-idx3`; it may be missing.
+From a folder with files that begin with `train-` only those are taken; `t10k-` ones beside them are
+left to others to evaluate with. Labels are in the file beside the images whose name has
+`labels-idx1` for `images-idx3`; it may be missing. Of a file that lies there gzipped and plain the
+plain one is read.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def classes(path: Path) -> tuple[str, ...]:
 
 def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
     """The files of images."""
-    return (Source(file, file.name) for file in _image_files(path))
+    return (Source(file, file.name) for file in _image_files(path, reading.test))
 
 
 def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
@@ -82,11 +84,15 @@ def _read_labels(images: Path, n: int) -> Iterator[int | None]:
     return iter(content[_LABELS.size :])
 
 
-def _image_files(path: Path) -> list[Path]:
+def _image_files(path: Path, test: bool = False) -> list[Path]:
     if path.is_file():
-        return [path]
+        return [] if test else [path]
     found = sorted(p for p in path.glob("*images*idx3-ubyte*") if p.is_file())
-    return [p for p in found if p.name.startswith("train-")] or found
+    found = [p for p in found if p.suffix != ".gz" or p.with_suffix("") not in found]
+    train = [p for p in found if p.name.startswith("train-")]
+    if test:  # without others they are what is trained on
+        return [p for p in found if p.name.startswith("t10k-")] if train else []
+    return train or found
 
 
 def _labels_of(images: Path) -> Path | None:

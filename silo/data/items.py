@@ -14,7 +14,8 @@ from silo.data.pixels import Pixels, fit, fit_array
 
 @dataclass(frozen=True)
 class Reading:
-    """What site.toml says about how medical images are read."""
+    """How images are read: what site.toml says about medical ones, and which part of a published
+    data set."""
 
     window: tuple[float, float] | None = None
     """Centre and width in the units after rescale (Hounsfield for CT); None = as the file says."""
@@ -22,6 +23,9 @@ class Reading:
     """Whether DICOM images are read that say of themselves that they have text burned in."""
     axis: str = "axial"
     """What NIfTI volumes are cut along: axial, coronal or sagittal."""
+    test: bool = False
+    """Whether of NPZ, IDX and CIFAR the images that the publisher set apart to test with are read,
+    instead of those to train with. A silo never does."""
 
 
 AS_THE_FILES_SAY = Reading()

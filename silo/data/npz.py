@@ -3,7 +3,8 @@
 Images are uint8 of shape (n, h, w), (n, h, w, 1) or (n, h, w, 3); labels, which may be missing, are
 integers of shape (n,) or (n, 1). Labels of another shape (ChestMNIST's fourteen findings per image,
 say) are no classes, and are left out. Of MedMNIST only the training images are taken; its `val_`
-and `test_` arrays are for others to evaluate with.
+and `test_` arrays are for others to evaluate with. Its 3-D sets are refused: models here are of
+images.
 
 An array is read from the archive as it is stored, image by image: it may be larger than memory.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from silo.data.items import Item, Reading, Skipped, Source
 from silo.errors import DataError
 
-_PREFIXES = ("train_", "")
+_PREFIXES, _TEST = ("train_", ""), "test_"
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -45,8 +46,9 @@ def classes(path: Path) -> tuple[str, ...]:
 
 
 def sources(path: Path, reading: Reading) -> Iterator[Source | Skipped]:
-    """The archive."""
-    yield Source(path, path.name)
+    """The archive; for test images, if it has any."""
+    if not reading.test or _has_tests(path):
+        yield Source(path, path.name)
 
 
 def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
@@ -54,17 +56,29 @@ def read(source: Source, reading: Reading) -> Iterator[Item | Skipped]:
     path = source.file
     try:
         with zipfile.ZipFile(path) as archive:
-            yield from _items(path, archive)
+            yield from _items(path, archive, (_TEST,) if reading.test else _PREFIXES)
     except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as NPZ: {error}") from error
+        raise _unreadable(path, error) from error
 
 
-def _items(path: Path, archive: zipfile.ZipFile) -> Iterator[Item]:
+def _has_tests(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{_TEST}images.npy" in archive.namelist()
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read as NPZ: {error}")
+
+
+def _items(path: Path, archive: zipfile.ZipFile, prefixes: tuple[str, ...]) -> Iterator[Item]:
     found = {name.removesuffix(".npy") for name in archive.namelist()}
-    prefix = next((p for p in _PREFIXES if f"{p}images" in found), None)
+    prefix = next((p for p in prefixes if f"{p}images" in found), None)
     if prefix is None:
         names = ", ".join(sorted(found)) or "nothing"
-        wanted = ", ".join(f"{p}images" for p in _PREFIXES)
+        wanted = ", ".join(f"{p}images" for p in prefixes)
         raise DataError(f"{path} holds {names}: name the array of images one of {wanted}")
     with archive.open(f"{prefix}images.npy") as stream:
         shape, dtype = _header(stream)

@@ -65,6 +65,13 @@ def test_idx_folder_gives_its_training_images_plain_or_gzipped(tmp_path: Path) -
     assert len(read(tmp_path / "t10k-images-idx3-ubyte")) == 2
 
 
+def test_images_that_lie_there_gzipped_and_plain_are_read_once(tmp_path: Path) -> None:
+    train = pixels(4, 8, 8)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(train)))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(train))
+    assert np.array_equal(read(tmp_path), train[:, None])
+
+
 def test_damaged_idx_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte"
     for content, message in (

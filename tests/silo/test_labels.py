@@ -20,6 +20,7 @@ from silo.data.cache import (
 )
 from silo.data.dataset import open_dataset
 from silo.errors import DataError
+from tests.silo.pickles import cifar_batch, python_2
 
 
 def pixels(n: int, *shape: int) -> np.ndarray:
@@ -112,6 +113,42 @@ def test_cifar_100_is_labelled_finely(tmp_path: Path) -> None:
     found = cached(tmp_path, tmp_path / "cache", 32, 3)
     assert np.array_equal(found.images(), image)
     assert labels_of(found) == [3]
+
+
+def test_cifar_in_its_python_version_gives_the_same_images_labels_and_names(
+    tmp_path: Path,
+) -> None:
+    images, names = pixels(3, 3, 32, 32), ["airplane", "automobile", "bird"]
+    ten, hundred = tmp_path / "cifar-10-batches-py", tmp_path / "cifar-100-python"
+    ten.mkdir()
+    hundred.mkdir()
+    for name, part, labels in (
+        ("data_batch_1", images[:2], [1, 0]),
+        ("data_batch_2", images[2:], [2]),
+        ("test_batch", images[:1], [1]),
+    ):
+        (ten / name).write_bytes(python_2(cifar_batch(part, labels)))
+    (ten / "batches.meta").write_bytes(python_2({"label_names": names}))
+    for name, part, labels in (("train", images, [2, 0, 1]), ("test", images[:1], [2])):
+        (hundred / name).write_bytes(python_2(cifar_batch(part, labels, fine="fine_")))
+    (hundred / "meta").write_bytes(
+        python_2({"coarse_label_names": ["birds"], "fine_label_names": names})
+    )
+    for folder, labels in ((ten, [1, 0, 2]), (hundred, [2, 0, 1])):
+        found = cached(folder, tmp_path / "cache", 32, 3)
+        assert np.array_equal(found.images(), images), "those to train with alone"
+        assert labels_of(found) == labels
+        assert found.classes == tuple(names)
+    alone = cached(ten / "data_batch_2", tmp_path / "cache", 32, 3)
+    assert labels_of(alone) == [2]
+
+
+def test_binary_files_are_read_where_the_python_version_lies_beside(tmp_path: Path) -> None:
+    images = pixels(2, 3, 32, 32)
+    (tmp_path / "data_batch_1").write_bytes(python_2(cifar_batch(images[:1], [7])))
+    (tmp_path / "batches.meta").write_bytes(python_2({"label_names": ["a"] * 10}))
+    (tmp_path / "data_batch_1.bin").write_bytes(b"\5" + images[1].tobytes())
+    assert labels_of(cached(tmp_path, tmp_path / "cache", 32, 3)) == [5]
 
 
 def test_a_cut_or_renamed_cifar_file_is_refused(tmp_path: Path) -> None:
