@@ -156,13 +156,14 @@ def histogram(labels: Labels, parts: list[Indices]) -> NDArray[np.int64]:
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
-def histogram_text(counts: NDArray[np.int64]) -> str:
-    """A table of `histogram`: one line per silo, its classes, its total."""
+def histogram_text(counts: NDArray[np.int64], labelled: bool = True) -> str:
+    """A table of `histogram`: one line per silo, its classes if they are known, its total."""
     width = max(5, len(str(counts.max())) + 1)
-    head = "silo " + "".join(f"{c:>{width}}" for c in range(counts.shape[1])) + f"{'all':>8}"
+    shown = counts if labelled else counts[:, :0]
+    head = "silo " + "".join(f"{c:>{width}}" for c in range(shown.shape[1])) + f"{'all':>8}"
     lines = [
-        f"{silo:>4} " + "".join(f"{n or '·':>{width}}" for n in row) + f"{row.sum():>8}"
-        for silo, row in enumerate(counts, start=1)
+        f"{silo:>4} " + "".join(f"{n or '·':>{width}}" for n in row) + f"{total:>8}"
+        for silo, (row, total) in enumerate(zip(shown, counts.sum(axis=1), strict=True), start=1)
     ]
     return "\n".join([head, *lines])
 

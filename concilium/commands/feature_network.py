@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from concilium.datasets import DataMissing, LabelledImages, load_dataset
+from concilium.datasets import DataMissing, Images, Labels, load_dataset
 from diffusion.features.pinned import FEATURE_NETWORKS, NETWORK_NAME
 
 
@@ -44,10 +44,15 @@ def command(file: Path, data: str, image_size: int, channels: int, steps: int) -
         found = load_dataset(data, image_size, channels, remedy="correct --data")
     except DataMissing as error:
         raise click.ClickException(str(error)) from error
-    click.echo(_made(file.absolute(), found, image_size, steps))
+    if found.labels is None:
+        raise click.ClickException(
+            f"{found.unlabelled} of {len(found.images)} images of {data} have no class: give a source "
+            "that has them, such as a folder with a subfolder per class"
+        )
+    click.echo(_made(file.absolute(), found.images, found.labels, image_size, steps))
 
 
-def _made(file: Path, found: LabelledImages, image_size: int, steps: int) -> str:
+def _made(file: Path, images: Images, labels: Labels, image_size: int, steps: int) -> str:
     import torch
 
     from diffusion.features.holdout import holdout_split
@@ -55,13 +60,13 @@ def _made(file: Path, found: LabelledImages, image_size: int, steps: int) -> str
     from diffusion.features.train import accuracy, architecture_for, save_network, train_network
     from diffusion.model import model_digest
 
-    classes = 1 + int(found.labels.max())
-    if not 2 <= classes <= 1000 or len(found.labels) < 20:
+    classes = 1 + int(labels.max())
+    if not 2 <= classes <= 1000 or len(labels) < 20:
         raise click.ClickException(
-            f"{len(found.labels)} images of {classes} classes: give at least 20, of 2 to 1000"
+            f"{len(labels)} images of {classes} classes: give at least 20, of 2 to 1000"
         )
-    chosen = holdout_split(len(found.labels), len(found.labels) // 10)
-    training, held_out = ((found.images[part], found.labels[part]) for part in chosen)
+    chosen = holdout_split(len(labels), len(labels) // 10)
+    training, held_out = ((images[part], labels[part]) for part in chosen)
     architecture = architecture_for(image_size, classes)
     torch.set_num_threads(1)  # several add in another order
     network = FeatureNetwork(image_size, architecture.layers, classes)

@@ -93,8 +93,9 @@ class Ruler:
             raise ValueError("the plan has no [evaluation], or its model no classes")
         silos, n = self._federation, evaluation.samples
         own = np.concatenate(silos.images), np.concatenate(silos.labels)
-        unseen = silos.unseen
-        tested = own if unseen is None else (unseen.images[:_TESTED], unseen.labels[:_TESTED])
+        tested, unseen = own, silos.unseen
+        if unseen is not None and unseen.labels is not None:
+            tested = unseen.images[:_TESTED], unseen.labels[:_TESTED]
         data = {"tested": digest_array(*tested), "classes": classes}
 
         def of_samples() -> Arrays:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from concilium.datasets import LabelledImages
+from concilium.datasets import DataMissing, ImageSet
 from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.spec import Point
 from concilium.simulate.summing import SecureSum
@@ -69,9 +69,10 @@ class Federation:
 
     images: tuple[Images, ...]
     labels: tuple[Labels, ...]
+    """Empty where not every image has one."""
     secrets: tuple[bytes, ...]
     """What each silo draws from the system's entropy, here a function of the simulation's seed."""
-    unseen: LabelledImages | None = None
+    unseen: ImageSet | None = None
     """Images of the same distribution that no silo has, in random order."""
 
     @property
@@ -109,25 +110,52 @@ class Federation:
         return digest_array(*self.images, *(np.frombuffer(s, np.uint8) for s in self.secrets))
 
 
-def federate(point: Point, data: LabelledImages) -> Federation:
-    """The data set split over the point's silos. Raises ValueError where it cannot be."""
+def check_labels(point: Point, data: ImageSet) -> None:
+    """Raises DataMissing where a setting of the point needs labels that the data set has not."""
+    if point.needs_labels is None:
+        return
+    setting, otherwise = point.needs_labels
+    # A classifier is tested on the test images; to spread images over silos these need no labels.
+    tested = point.plan.model.classes is not None and data.test is not None
+    for what, part in (("images", data), ("test images", data.test if tested else None)):
+        if part is not None and part.labels is None:
+            raise DataMissing(
+                f'run "{point.name}": {setting} needs labels, and {part.unlabelled} of '
+                f'{len(part.images)} {what} of data = "{point.simulation.data}" have none: '
+                f"{otherwise}, or give a source with one label for each image, such as a folder "
+                "with a subfolder per class"
+            )
+
+
+def federate(point: Point, data: ImageSet) -> Federation:
+    """The data set split over the point's silos. Raises ValueError where it cannot be, and
+    DataMissing as `check_labels` does."""
+    check_labels(point, data)
     simulation, seed = point.simulation, point.seed
-    images, labels, unseen = data.images, data.labels, data.test
+    images, labels = data.images, data.labels
+    # A publisher's order may be one of patients, and the first are those that are measured.
+    unseen = None if data.test is None else _shuffled(data.test, seed)
     if simulation.images is not None and simulation.images < len(images):
         order = np.random.default_rng(seed).permutation(len(images))
         chosen, rest = np.sort(order[: simulation.images]), order[simulation.images :]
-        unseen = LabelledImages(images[rest], labels[rest])
-        images, labels = images[chosen], labels[chosen]
+        unseen = ImageSet(images[rest], None if labels is None else labels[rest])
+        images, labels = images[chosen], None if labels is None else labels[chosen]
     n, partition = simulation.silos, simulation.partition
-    parts = partition.split(labels, n, seed)
+    kinds = np.zeros(len(images), np.int64) if labels is None else labels
+    parts = partition.split(kinds, n, seed)
     if partition.alters or sum(map(len, parts)) < len(images):
         unseen = None  # they would be of another distribution than what the silos have
     return Federation(
         tuple(partition.altered(images[part], k, n, seed) for k, part in enumerate(parts)),
-        tuple(labels[part] for part in parts),
+        () if labels is None else tuple(labels[part] for part in parts),
         tuple(secret_of(seed, index) for index in range(1, n + 1)),
         unseen,
     )
+
+
+def _shuffled(data: ImageSet, seed: int) -> ImageSet:
+    order = np.random.default_rng(seed).permutation(len(data.images))
+    return ImageSet(data.images[order], None if data.labels is None else data.labels[order])
 
 
 def execution_of(precision: Literal["auto", "float32"]) -> Execution:

@@ -68,7 +68,8 @@ class Simulation(Spec):
     """[simulation]: silos, data, seeds and runs."""
 
     data: Annotated[str, Field(min_length=1)]
-    """"digits", "fashion-mnist", or a file or folder that a silo could read, with labels."""
+    """"digits", "fashion-mnist", or a file or folder that a silo could read; with labels where
+    partition or model need them."""
 
     silos: Annotated[int, Field(ge=1, le=255)]
     """How many."""
@@ -138,6 +139,15 @@ class Point:
     def label(self) -> str:
         """Name and seed: what its folder is called."""
         return f"{self.name}-{self.seed}"
+
+    @property
+    def needs_labels(self) -> tuple[str, str] | None:
+        """The setting that needs a label for every image, and what to do without; None where none
+        does."""
+        if self.plan.model.classes is not None:
+            return "model.classes", "leave it out"
+        spread = self.simulation.partition.labels
+        return None if spread == "iid" else (f'partition labels = "{spread}"', 'write "iid"')
 
 
 @dataclass(frozen=True)

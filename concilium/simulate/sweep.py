@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from concilium.datasets import LabelledImages, load_dataset
+from concilium.datasets import ImageSet, load_dataset
 from concilium.partition import histogram_png, histogram_text
 from concilium.simulate.memo import Memo, digest_of
-from concilium.simulate.silos import Federation, Here, Pool, federate
+from concilium.simulate.silos import Federation, Here, Pool, check_labels, federate
 from concilium.simulate.spec import Point, Sweep
 from concilium.simulate.study import Study
 
@@ -49,10 +49,11 @@ def run_points(
     points: Sequence[Point], out: Path, on_event: OnEvent, ray_address: str | None = None
 ) -> Iterator[Json]:
     """The same of some points."""
-    data: dict[tuple[str, int, int], LabelledImages] = {}
+    data: dict[tuple[str, int, int], ImageSet] = {}
     for point in points:
         if (key := _data_key(point)) not in data:
             data[key] = load_dataset(*key)
+        check_labels(point, data[key])  # every run has its labels, or none is begun
     if ray_address is not None:
         yield from _on_ray(points, data, out.resolve(), ray_address)
         return
@@ -66,7 +67,7 @@ def _data_key(point: Point) -> tuple[str, int, int]:
 
 def _on_ray(
     points: Sequence[Point],
-    data: Mapping[tuple[str, int, int], LabelledImages],
+    data: Mapping[tuple[str, int, int], ImageSet],
     out: Path,
     address: str,
 ) -> Iterator[Json]:
@@ -92,7 +93,7 @@ def _on_ray(
         ray.shutdown()
 
 
-def _ray_point(point: Point, data: LabelledImages, out: Path) -> Json:
+def _ray_point(point: Point, data: ImageSet, out: Path) -> Json:
     return run_point(point, data, out, _RayPool(), lambda _: None)
 
 
@@ -109,7 +110,7 @@ class _RayPool:
 
 
 def run_point(
-    point: Point, data: LabelledImages, out: Path, pool: Pool, on_event: Callable[[Json], None]
+    point: Point, data: ImageSet, out: Path, pool: Pool, on_event: Callable[[Json], None]
 ) -> Json:
     """The result of a point: its identity, and its last evaluation."""
     folder, identity = out / point.label, identity_of(point)
@@ -165,7 +166,9 @@ def identity_of(point: Point) -> str:
 
 
 def _show_partition(federation: Federation, folder: Path) -> None:
-    classes = 1 + max(int(labels.max()) for labels in federation.labels)
-    counts = np.stack([np.bincount(own, minlength=classes) for own in federation.labels])
-    (folder / "partition.txt").write_text(histogram_text(counts) + "\n", "utf-8")
+    labelled = bool(federation.labels)
+    kinds = federation.labels or [np.zeros(len(own), np.int64) for own in federation.images]
+    classes = 1 + max(int(own.max()) for own in kinds)
+    counts = np.stack([np.bincount(own, minlength=classes) for own in kinds])
+    (folder / "partition.txt").write_text(histogram_text(counts, labelled) + "\n", "utf-8")
     histogram_png(counts, folder / "partition.png")

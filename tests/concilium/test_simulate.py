@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from concilium.commands.simulate import command
-from concilium.datasets import digits
+from concilium.datasets import DataMissing, ImageSet, digits
 from concilium.simulate.memo import Memo
 from concilium.simulate.silos import Federation, Here, federate
 from concilium.simulate.spec import Point, load_sweep
@@ -220,6 +222,73 @@ def test_a_conditional_study_says_which_silo_has_too_few_images_of_every_class(
     assert done.exit_code == 1
     assert done.output.splitlines()[-1].startswith("Error: ")
     assert "class" in done.output
+
+
+def findings(folder: Path) -> Path:
+    """ChestMNIST's layout: fourteen findings of each image, which are no classes."""
+    whole = digits()
+    assert whole.test is not None
+    arrays = {"train_images": whole.images[:300, 0], "test_images": whole.test.images[:, 0]}
+    labels = {"train_labels": np.zeros((300, 14)), "test_labels": np.zeros((297, 14))}
+    np.savez(folder / "chestmnist.npz", **arrays, **labels)
+    return folder / "chestmnist.npz"
+
+
+def test_images_without_labels_are_simulated_where_nothing_needs_labels(tmp_path: Path) -> None:
+    changes = {
+        'data = "digits"\nimages = 300': f'data = "{findings(tmp_path)}"',
+        '{labels = "dirichlet", alpha = 0.5}': "{}",
+    }
+    runs = {"plus": PLUS, "skewed": "partition = {quantity = 1.0, noise = 4.0}"}
+    lines = simulate(study(tmp_path, runs, **changes), tmp_path / "out")
+    assert lines["plus-3"][-1]["fid"] > 0
+    (unseen,) = (line for line in lines["plus-3"] if line["event"] == "unseen")
+    assert unseen["images"] == 20, "of the publisher's test images"
+    assert lines["skewed-3"][-1]["fid"] > 0
+    table = (tmp_path / "out" / "plus-3" / "partition.txt").read_text("utf-8")
+    counts = [line.split() for line in table.splitlines()]
+    assert counts == [["silo", "all"], *([str(silo), "75"] for silo in (1, 2, 3, 4))]
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (
+            'partition = {labels = "dirichlet", alpha = 1.0}',
+            'partition labels = "dirichlet".*"iid"',
+        ),
+        ('partition = {labels = "classes", classes = 2}', 'partition labels = "classes".*"iid"'),
+        ("plan.model = {classes = 10}", "model.classes needs labels.*leave it out"),
+    ],
+)
+def test_a_setting_that_needs_labels_says_so_before_any_run_begins(
+    run: str, said: str, tmp_path: Path
+) -> None:
+    changes = {
+        'data = "digits"\nimages = 300': f'data = "{findings(tmp_path)}"',
+        '{labels = "dirichlet", alpha = 0.5}': "{}",
+    }
+    path = study(tmp_path, {"first": "", "second": run}, **changes)
+    done = CliRunner().invoke(command, [str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    last = done.output.splitlines()[-1]
+    assert re.match(f'Error: run "second": {said}', last)
+    assert "300 of 300 images of data" in last
+    assert "one label for each image" in last
+    assert not list(tmp_path.glob("out/*/metrics.jsonl"))
+
+
+def test_a_classifier_is_tested_on_labelled_images_only(tmp_path: Path) -> None:
+    conditional = "plan.model = {classes = 10}"
+    iid = {'{labels = "dirichlet", alpha = 0.5}': "{}"}
+    point = next(load_sweep(study(tmp_path, {"fedavg": conditional}, **iid)).points())
+    whole = digits()
+    assert whole.test is not None
+    bare = replace(whole, test=ImageSet(whole.test.images, None, unlabelled=297))
+    with pytest.raises(DataMissing, match="297 of 297 test images"):
+        federate(point, bare)
+    unconditional = next(load_sweep(study(tmp_path, {"fedavg": ""})).points())
+    assert federate(unconditional, bare).labels
 
 
 def test_a_simulation_killed_in_any_round_ends_in_the_numbers_of_one_that_was_not(

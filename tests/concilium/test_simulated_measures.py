@@ -36,6 +36,14 @@ def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> 
     rest = federate(everything, whole).unseen
     assert rest is not None
     assert len(rest.images) == 297, "what the publisher set apart"
+    assert whole.test is not None
+    apart, mixed = (
+        [(image.tobytes(), label) for image, label in zip(part.images, part.labels, strict=True)]
+        for part in (whole.test, rest)
+        if part.labels is not None
+    )
+    assert mixed != apart, "in random order"
+    assert sorted(mixed) == sorted(apart), "each with its label"
     for other in (Partition(noise=4.0), Partition(quantity=0.5)):
         skewed = point.simulation.model_copy(update={"partition": other})
         assert federate(replace(point, simulation=skewed), whole).unseen is None
