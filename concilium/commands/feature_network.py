@@ -46,8 +46,8 @@ def command(file: Path, data: str, image_size: int, channels: int, steps: int) -
         raise click.ClickException(str(error)) from error
     if found.labels is None:
         raise click.ClickException(
-            f"{found.unlabelled} of {len(found.images)} images of {data} have no class: give a source "
-            "that has them, such as a folder with a subfolder per class"
+            f"{found.unlabelled} of {len(found.images)} images of {data} have no class: give a "
+            "source that has them, such as a folder with a subfolder per class"
         )
     click.echo(_made(file.absolute(), found.images, found.labels, image_size, steps))
 
