@@ -14,6 +14,8 @@ The first three say how labels are spread; the others come on top, alone or toge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -29,6 +31,18 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 _AT_LEAST = 20  # images: a silo with fewer cannot train, and the audit needs neighbours
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """What one silo's images look like beside the publisher's."""
+
+    degrees: float
+    contrast: float
+    noise: float
+
+    def __str__(self) -> str:
+        return f"{self.degrees:+.1f}°, contrast ×{self.contrast:.2f}, noise {self.noise:.1f}"
 
 
 class Partition(Spec):
@@ -91,19 +105,24 @@ class Partition(Spec):
         """Whether silos have scanners that differ."""
         return bool(self.rotation or self.contrast or self.noise)
 
+    def scanner(self, silo: int, silos: int) -> Scanner:
+        """That of silo 0 … silos − 1."""
+        r = 2.0 * silo / max(1, silos - 1) - 1.0
+        return Scanner(r * self.rotation, 1.0 + r * self.contrast, (1.0 + r) / 2.0 * self.noise)
+
     def altered(self, images: Images, silo: int, silos: int, seed: int) -> Images:
         """The images (uint8 (n, c, h, w)) as the scanner of silo 0 … silos − 1 shows them."""
         if not self.alters:
             return images
-        r = 2.0 * silo / max(1, silos - 1) - 1.0
-        out = _rotated(images, r * self.rotation) if self.rotation else images
+        scanner = self.scanner(silo, silos)
+        out = _rotated(images, scanner.degrees) if self.rotation else images
         if not (self.contrast or self.noise):
             return out
-        values = 127.5 + (out.astype(np.float32) - 127.5) * (1.0 + r * self.contrast)
+        values = 127.5 + (out.astype(np.float32) - 127.5) * scanner.contrast
         if self.noise:
             rng = np.random.default_rng([seed, silo])
             drawn = rng.standard_normal(values.shape, dtype=np.float32)
-            values += (1.0 + r) / 2.0 * self.noise * drawn
+            values += scanner.noise * drawn
         return values.round().clip(0, 255).astype(np.uint8)
 
 
@@ -156,8 +175,11 @@ def histogram(labels: Labels, parts: list[Indices]) -> NDArray[np.int64]:
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
-def histogram_text(counts: NDArray[np.int64], labelled: bool = True) -> str:
-    """A table of `histogram`: one line per silo, its classes if they are known, its total."""
+def histogram_text(
+    counts: NDArray[np.int64], labelled: bool = True, scanners: Sequence[Scanner] = ()
+) -> str:
+    """A table of `histogram`: one line per silo, its classes if they are known, its total, and its
+    scanner where these differ."""
     width = max(5, len(str(counts.max())) + 1)
     shown = counts if labelled else counts[:, :0]
     head = "silo " + "".join(f"{c:>{width}}" for c in range(shown.shape[1])) + f"{'all':>8}"
@@ -165,6 +187,8 @@ def histogram_text(counts: NDArray[np.int64], labelled: bool = True) -> str:
         f"{silo:>4} " + "".join(f"{n or '·':>{width}}" for n in row) + f"{total:>8}"
         for silo, (row, total) in enumerate(zip(shown, counts.sum(axis=1), strict=True), start=1)
     ]
+    if scanners:
+        lines = [f"{line}  {scanner}" for line, scanner in zip(lines, scanners, strict=True)]
     return "\n".join([head, *lines])
 
 

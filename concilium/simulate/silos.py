@@ -100,6 +100,13 @@ class Federation:
         """w_i = ñ_i / Σñ."""
         return tuple(count / self.total for count in self.counts)
 
+    @property
+    def histogram(self) -> NDArray[np.int64]:
+        """Images per silo and class, [N, classes]; one column where there are no labels."""
+        kinds = self.labels or tuple(np.zeros(len(own), np.int64) for own in self.images)
+        classes = 1 + max(int(own.max()) for own in kinds)
+        return np.stack([np.bincount(own, minlength=classes) for own in kinds])
+
     def labels_for(self, plan: Plan) -> tuple[Labels | None, ...]:
         """What each silo trains with: its labels, where the plan's model is conditional."""
         return (None,) * self.size if plan.model.classes is None else self.labels

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from concilium.datasets import ImageSet, load_dataset
 from concilium.partition import histogram_png, histogram_text
 from concilium.simulate.memo import Memo, digest_of
@@ -124,7 +122,7 @@ def run_point(
     folder.mkdir(parents=True, exist_ok=True)
     known.unlink(missing_ok=True)
     federation = federate(point, data)
-    _show_partition(federation, folder)
+    _show_partition(point, federation, folder)
     last: Json = {}
     auxiliary: Json = {}
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -165,10 +163,10 @@ def identity_of(point: Point) -> str:
     )
 
 
-def _show_partition(federation: Federation, folder: Path) -> None:
-    labelled = bool(federation.labels)
-    kinds = federation.labels or [np.zeros(len(own), np.int64) for own in federation.images]
-    classes = 1 + max(int(own.max()) for own in kinds)
-    counts = np.stack([np.bincount(own, minlength=classes) for own in kinds])
-    (folder / "partition.txt").write_text(histogram_text(counts, labelled) + "\n", "utf-8")
+def _show_partition(point: Point, federation: Federation, folder: Path) -> None:
+    counts, partition = federation.histogram, point.simulation.partition
+    silos = range(federation.size) if partition.alters else ()
+    scanners = [partition.scanner(silo, federation.size) for silo in silos]
+    text = histogram_text(counts, bool(federation.labels), scanners)
+    (folder / "partition.txt").write_text(text + "\n", "utf-8")
     histogram_png(counts, folder / "partition.png")

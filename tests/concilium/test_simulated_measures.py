@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from concilium.datasets import digits
 from concilium.partition import Partition
 from concilium.simulate.measure import Ruler, Vector
 from concilium.simulate.silos import federate
 from concilium.simulate.spec import load_sweep
+from concilium.simulate.sweep import run_sweep
 from study.reservation import share
 from tests.concilium.test_simulate import events, study
 
@@ -87,3 +89,22 @@ def test_a_set_too_small_for_so_many_silos_is_said(
     path = study(tmp_path, {"plus": 'plan.strategy = {kind = "fedddpm_plus"}'}, **changes)
     with pytest.raises(ValueError, match=said):
         events(path, tmp_path / "memo")
+
+
+def test_a_sweep_shows_who_has_what_and_with_which_scanner(tmp_path: Path) -> None:
+    scanners = 'partition = {labels = "classes", classes = 3, rotation = 10.0, contrast = 0.3}'
+    path = study(tmp_path, {"central": f'training = "central"\n{scanners}'})
+    for _ in run_sweep(load_sweep(path), tmp_path / "out", lambda *_: None):
+        pass
+    folder = tmp_path / "out" / "central-3"
+    head, *rows = (folder / "partition.txt").read_text("utf-8").splitlines()
+    silos = federate(next(load_sweep(path).points()), digits())
+    assert head.split() == ["silo", *map(str, range(10)), "all"]
+    for row, images, labels in zip(rows, silos.images, silos.labels, strict=True):
+        cells = row.split()
+        assert int(cells[11]) == len(images)
+        assert [n != "·" for n in cells[1:11]] == [bool((labels == c).any()) for c in range(10)]
+    assert rows[0].endswith("-10.0°, contrast ×0.70, noise 0.0")
+    assert rows[3].endswith("+10.0°, contrast ×1.30, noise 0.0")
+    with Image.open(folder / "partition.png") as picture:
+        assert picture.size == (10 * 36 + 1, 4 * 36 + 1)
