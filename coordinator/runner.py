@@ -77,7 +77,7 @@ class Runner(Rounds):
         self._members = [self._live.roster.index_of(name) for name in census["silos"]]
         await self.once("moments", self._moments)
         auxiliary = await self.once("auxiliary", self._auxiliary)
-        if auxiliary and self._plan.evaluation is not None:
+        if "held_out" in auxiliary and self._plan.evaluation is not None:
             await self.once("auxiliary distance", lambda: self._auxiliary_distance(auxiliary))
             await self._report.write()
         model = await self.once("first model", self._first_model)
