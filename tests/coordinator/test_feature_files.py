@@ -42,7 +42,7 @@ async def test_a_study_is_measured_by_the_network_that_its_plan_pins(tmp_path: P
         assert admin.list_studies(federation.home) == []
         name_files(federation.home, "own.safetensors")  # of a service that runs
         study = admin.start_study(federation.home, plan)
-        await federation.until(lambda: federation.study(study).state == "finished", 150)
+        await federation.until(lambda: federation.study(study).state == "finished", 240)
         report = json.loads((federation.study(study).folder / "report.json").read_text())
         measured = report["rounds"][0]
         assert measured["fid"] > 0.0
