@@ -74,7 +74,7 @@ def train(
     ema: Vector | None = None,
     proximal: tuple[Vector, float] | None = None,
     control: Vector | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     save: Callable[[Checkpoint], bool | None] | None = None,
     save_every: int = 100,
     save_now: Callable[[], bool] = lambda: False,
@@ -89,7 +89,8 @@ def train(
     ema          the moving average so far; None starts it at the model's weights
     proximal     (anchor, mu) of FedProx (arXiv 1812.06127)
     control      c − c_i of SCAFFOLD (arXiv 1910.06378), added to every gradient
-    progress     called with (steps done, loss of the last batch) after every step
+    progress     called with the steps done after every step, which a GPU may still compute: to read
+                 its loss would make every step wait
     save         called with a Checkpoint every `save_every` steps, not after the last; if it
                  returns True the run ends there
     save_now     asked after every step whether to save out of turn
@@ -114,7 +115,7 @@ def train(
         known = None if of_batch is None else _to_device(of_batch, execution.device)
         run.step(_to_device(batch, execution.device), known)
         if progress:
-            progress(done + 1, float(run.losses[done]))
+            progress(done + 1)
         due = done + 1 < steps and ((done + 1) % save_every == 0 or save_now())
         if save and due and save(run.checkpoint()):
             break

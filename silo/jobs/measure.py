@@ -45,6 +45,12 @@ def _seconds_per_step(model: nn.Module, plan: Plan, processes: int, execution: E
     if plan.model.classes is not None:
         labels = rng.integers(0, plan.model.classes, batch)
     ends: list[float] = []
+
+    def end(_: int) -> None:
+        if execution.device.type == "cuda":  # which has its steps only queued by then
+            torch.cuda.synchronize(execution.device)
+        ends.append(time.perf_counter())
+
     train(
         model,
         images,
@@ -55,7 +61,7 @@ def _seconds_per_step(model: nn.Module, plan: Plan, processes: int, execution: E
         optimizer=plan.optimizer.model_copy(update={"batch_size": batch}),
         seed=0,
         execution=execution,
-        progress=lambda *_: ends.append(time.perf_counter()),
+        progress=end,
     )
     return float(np.median(np.diff(ends)[_FIRST - 1 :]))
 

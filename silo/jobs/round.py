@@ -136,7 +136,7 @@ def train_from(
     seed: int,
     execution: Execution,
     own_control: Vector | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     save: Callable[[Checkpoint], None] | None = None,
     resume: Checkpoint | None = None,
 ) -> Trained:

@@ -58,11 +58,9 @@ def execution_of(machine: Machine) -> Execution:
     return choose_execution(own_device(machine.device), machine.threads_each)
 
 
-def reporting(
-    progress: ProgressFile, activity: str, steps: int
-) -> Callable[[int, float], None] | None:
+def reporting(progress: ProgressFile, activity: str, steps: int) -> Callable[[int], None] | None:
     """What reports the steps done; of several processes the first does."""
-    return (lambda done, _: progress(activity, done, steps)) if leads() else None
+    return (lambda done: progress(activity, done, steps)) if leads() else None
 
 
 def saving(path: Path) -> Callable[[Checkpoint], None] | None:

@@ -62,7 +62,7 @@ def warm_up(
     seed: int,
     execution: Execution,
     checks: Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     save: Callable[[Checkpoint], None] | None = None,
     resume: Checkpoint | None = None,
 ) -> WarmedUp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusion.execution import Execution, choose_execution
 from diffusion.model import build_model, initialise, load_vector, to_vector
 from diffusion.spec import ModelSpec, ObjectiveSpec, OptimizerSpec, ScheduleSpec
 from diffusion.training import TrainResult, ema_decay, learning_rate, train
+from tests.kernels.aot import NothingWaits
 
 OPTIMIZER = OptimizerSpec(batch_size=8, learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
 
@@ -100,11 +102,29 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 
 
 def _interrupt_after(steps: int) -> Any:
-    def progress(done: int, loss: float) -> None:
+    def progress(done: int) -> None:
         if done == steps:
             raise KeyboardInterrupt
 
     return progress
+
+
+def test_no_step_waits_for_the_device_it_runs_on(
+    model: nn.Module, images: np.ndarray, arguments: dict[str, Any]
+) -> None:
+    """From the end of the first step to that of the last, reports of progress among them."""
+    told: list[int] = []
+    with contextlib.ExitStack() as between:
+
+        def progress(done: int) -> None:
+            told.append(done)
+            if done == 1:
+                between.enter_context(NothingWaits("lift_fresh"))  # of a batch, on the host
+            if done == 4:
+                between.close()
+
+        train(model, images, steps=4, progress=progress, **arguments)
+    assert told == [1, 2, 3, 4]
 
 
 def test_the_seed_decides_everything(
