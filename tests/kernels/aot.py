@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -115,6 +116,7 @@ _SASS = re.compile(
 )
 
 
+@functools.cache  # several launches are of the same kernel
 def nvidia_facts(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -138,6 +140,7 @@ def nvidia_facts(compiled: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def amd_facts(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
 

@@ -177,7 +177,10 @@ def _norms() -> Iterator[Launch]:
         (128, 32, 32, BF16, NHWC, True, 1),
         (256, 16, 32, BF16, NHWC, True, 1),
         (384, 16, 32, BF16, NHWC, True, 1),  # where a skip connection joins: groups of 12
+        (512, 16, 32, BF16, NHWC, True, 1),
         (512, 4, 32, BF16, NHWC, True, 1),
+        (256, 4, 32, BF16, NHWC, True, 1),
+        (256, 4, 32, BF16, NHWC, False, 1),  # attention in the middle
         (256, 16, 32, BF16, NHWC, True, 2),  # with the scale and shift of the time embedding
         (256, 16, 32, BF16, NHWC, False, 1),  # before attention
         (256, 16, 32, F32, NCHW, True, 1),
@@ -187,9 +190,8 @@ def _norms() -> Iterator[Launch]:
         x = _empty((2, channels, pixels, pixels), dtype, layout)
         w, b = torch.empty(2, rows, channels)
         mean, rstd = torch.empty(2, 2, groups)
-        name = (
-            f"group_norm_silu/{channels} channels, {groups} groups, {_short(dtype)}{_short(layout)}"
-        )
+        name = f"group_norm_silu/{channels} channels of {pixels}x{pixels}, {groups} groups, "
+        name += f"{_short(dtype)}{_short(layout)}"
         name += ("" if silu else ", no SiLU") + (", scale and shift" if rows > 1 else "")
         yield Launch(
             f"{name}/forward",
