@@ -294,32 +294,34 @@ def _group_norm_silu_fake(
 def _group_norm_silu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return group_norm_silu_backward_reference(grad, x, weight, bias, mean, rstd, groups, silu)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, and of weight and bias in one (2, 1 or B, C)."""
+    dx, dw, db = group_norm_silu_backward_reference(grad, x, weight, bias, mean, rstd, groups, silu)
+    return dx, torch.stack([dw, db])
 
 
 @_group_norm_silu_backward.register_kernel("cuda")
 def _group_norm_silu_backward_cuda(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dense = x if is_dense(x) else x.contiguous()
     dx = torch.empty_like(dense)
-    dw = torch.zeros((x.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
-    db = torch.zeros_like(dw)
-    _launch_backward(grad, dense, weight, bias, mean, rstd, groups, silu, dx, dw, db)
+    of_affine = weight.new_empty((2, *x.shape[:2]), dtype=torch.float32)
+    if not x.numel():
+        of_affine.zero_()  # where the kernel writes nothing
+    _launch_backward(grad, dense, weight, bias, mean, rstd, groups, silu, dx, *of_affine)
     if weight.shape[0] == 1:
-        dw, db = dw.sum(0, keepdim=True), db.sum(0, keepdim=True)
-    return dx if dense is x else torch.empty_like(x).copy_(dx), dw, db
+        of_affine = of_affine.sum(1, keepdim=True)
+    return dx if dense is x else torch.empty_like(x).copy_(dx), of_affine
 
 
 @_group_norm_silu_backward.register_fake
 def _group_norm_silu_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dw = weight.new_empty(weight.shape, dtype=torch.float32)
-    return torch.empty_like(x), dw, torch.empty_like(dw)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), weight.new_empty((2, *weight.shape), dtype=torch.float32)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -335,7 +337,9 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):  # type: ignore[no-untyped-def
     if grad is None:
         return None, None, None, *nothing
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dw, db = _group_norm_silu_backward(grad, x, weight, bias, mean, rstd, ctx.groups, ctx.silu)
+    dx, (dw, db) = _group_norm_silu_backward(
+        grad, x, weight, bias, mean, rstd, ctx.groups, ctx.silu
+    )
     return dx, dw.to(weight.dtype), db.to(bias.dtype), *nothing
 
 

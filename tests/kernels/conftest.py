@@ -8,15 +8,28 @@ it its own process.
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from benchmarks.op_cases import in_layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["*/interpreter/*"]
+
+
+class AsOnAGpu(TorchDispatchMode):
+    """Our ops do, whatever device there is, what is registered for a GPU."""
+
+    _GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "concilium":
+            return func.redispatch(self._GPU, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,17 @@ def make_stream(batch: int, *, seed: int = 1, step: int = 7) -> Stream:
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """What torch.empty gives is NaN, or the largest integer."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was)
 
 
 @pytest.fixture

@@ -10,14 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.execution import Execution
-from kernels.group_norm_silu import (
-    _group_norm_silu_backward_cuda,
-    _group_norm_silu_cuda,
-    _launch_forward,
-)
+from kernels.group_norm_silu import _launch_forward
+from tests.kernels.conftest import AsOnAGpu
 from tests.kernels.launches import launches
 from tests.kernels.test_group_norm_silu import CONFIGURATIONS
 
@@ -58,18 +54,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[Specialised]:
     return found
 
 
-class _AsOnAGpu(TorchDispatchMode):
-    """The norm's ops on whatever device there is are those of a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ops = torch.ops.concilium
-        if func is ops.group_norm_silu.default:
-            return _group_norm_silu_cuda(*args)
-        if func is ops.group_norm_silu_backward.default:
-            return _group_norm_silu_backward_cuda(*args)
-        return func(*args, **(kwargs or {}))
-
-
 def test_every_norm_of_the_cifar_10_network_is_compiled_ahead_of_time(
     seen: set[Specialised], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +67,7 @@ def test_every_norm_of_the_cifar_10_network_is_compiled_ahead_of_time(
     with torch.device("meta"):
         unet = diffusers.UNet2DModel(**CONFIGURATIONS["google/ddpm-cifar10-32"])
     execution.place(unet.to_empty(device="cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), _AsOnAGpu():
+    with FakeTensorMode(allow_non_fake_inputs=True), AsOnAGpu():
         x, t = torch.randn(128, 3, 32, 32), torch.zeros(128, dtype=torch.int64)
         y = execution.predict(unet, x, t)
         torch.autograd.grad(y.float().sum(), list(unet.parameters()))
