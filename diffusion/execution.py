@@ -93,7 +93,8 @@ def choose_execution(device: str | None = None, threads: int | None = None) -> E
         keep_freed_memory()
         fast = _cpu_multiplies_bfloat16()
     elif torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(chosen):  # of several, which need not be alike
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         raise ValueError(f'device = "{name}" is not present on this machine: use "cpu"')
     fused = fast or chosen.type == "cuda"

@@ -4,7 +4,9 @@
     g        = clip(∇L)  [+ mu·(theta − anchor), FedProx]  [+ c − c_i, SCAFFOLD]
 
 Batches, timesteps, noise and dropped labels are functions of (seed, step), so that a run which was
-interrupted and resumed from its checkpoint ends in the same bits as one that was not.
+interrupted and resumed from its checkpoint goes on as one that was not: on a CPU it ends in the
+same bits. On a GPU torch's convolutions and attention may sum their gradients in another order each
+time, unless `torch.use_deterministic_algorithms` forbids it, and two runs differ by rounding.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -312,6 +313,32 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(
     execution = choose_execution("cpu")
     assert execution.dtype == dtype
     assert execution.fused_norms == (dtype == torch.bfloat16)
+
+
+def test_of_two_gpus_the_one_that_was_chosen_is_asked_for_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    majors, current = (9, 7), [0]
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], max(device, 0)
+        return before
+
+    gpus = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: current[0],
+        "get_device_properties": lambda device: SimpleNamespace(major=majors[device]),
+        "_exchange_device": exchange,
+        "_maybe_exchange_device": exchange,
+    }
+    for name, of_two in gpus.items():
+        monkeypatch.setattr(torch.cuda, name, of_two)
+    assert choose_execution("cuda:1").dtype == torch.float32
+    assert choose_execution("cuda:0").dtype == torch.bfloat16
+    current[0] = 1
+    assert choose_execution("cuda:0").dtype == torch.bfloat16
+    assert choose_execution("cuda").dtype == torch.float32
 
 
 def test_bfloat16_training_stays_close_to_float32(
