@@ -51,6 +51,10 @@ def _group_sum(per_channel, group, GROUP_SIZE: tl.constexpr, BLOCK: tl.constexpr
     """For every channel the sum over the channels of its group; lanes beyond the groups hold 0."""
     if BLOCK < 2 * GROUP_SIZE:  # one group, whose square might not fit in registers
         return tl.sum(per_channel, axis=0) + tl.zeros((BLOCK,), tl.float32)
+    elif GROUP_SIZE & (GROUP_SIZE - 1) == 0:  # groups that a tensor's shape can hold
+        GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
+        sums = tl.sum(tl.reshape(per_channel, (GROUPS, GROUP_SIZE)), axis=1)
+        return tl.reshape(tl.broadcast_to(sums[:, None], (GROUPS, GROUP_SIZE)), (BLOCK,))
     else:
         same = group[:, None] == group[None, :]
         return tl.sum(tl.where(same, per_channel[None, :], 0.0), axis=1)
