@@ -191,7 +191,6 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("aot.py: run it without TRITON_INTERPRET, which replaces the compiler")
     sys.path.insert(0, str(ROOT))
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same facts in a tenth less time
     import triton
 
     result = {"triton": triton.__version__, "cases": survey()}
