@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.gpu_networks import NETWORKS
 from diffusion.execution import Execution
 from kernels.group_norm_silu import _launch_forward
 from tests.kernels.conftest import AsOnAGpu
 from tests.kernels.launches import launches
-from tests.kernels.test_group_norm_silu import CONFIGURATIONS
 
 Specialised = tuple[Any, ...]
 
@@ -65,7 +65,7 @@ def test_every_norm_of_the_cifar_10_network_is_compiled_ahead_of_time(
     monkeypatch.setattr(Execution, "_is_half_on_cpu", False)  # whose attention is another
     execution = Execution(torch.device("cpu"), torch.bfloat16, torch.channels_last, True)
     with torch.device("meta"):
-        unet = diffusers.UNet2DModel(**CONFIGURATIONS["google/ddpm-cifar10-32"])
+        unet = diffusers.UNet2DModel(**NETWORKS["google/ddpm-cifar10-32"])
     execution.place(unet.to_empty(device="cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), AsOnAGpu():
         x, t = torch.randn(128, 3, 32, 32), torch.zeros(128, dtype=torch.int64)

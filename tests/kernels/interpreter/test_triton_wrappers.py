@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from benchmarks.op_cases import cases, outputs_and_gradients
 from tests.kernels.conftest import AsOnAGpu
-from tests.kernels.test_every_op import CASES, _run
 
+CASES = cases("cpu")
 ROUNDED = {
     "ddpm_loss": {"rtol": 2e-6, "atol": 0.0},
     "group_norm_silu": {"rtol": 1e-3, "atol": 5e-4},
@@ -39,12 +40,12 @@ def _compare(name, run):
 
 @pytest.mark.parametrize(("name", "layout"), WITH_LAYOUT)
 def test_values_and_gradients_are_those_of_the_cpu(name, layout):
-    _compare(name, lambda: _run(CASES[name].run, CASES[name].given(2, layout)))
+    _compare(name, lambda: outputs_and_gradients(CASES[name].run, CASES[name].given(2, layout)))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "mask_add"])
 def test_of_no_samples_too(name):
-    _compare(name, lambda: _run(CASES[name].run, CASES[name].given(0, "nchw")))
+    _compare(name, lambda: outputs_and_gradients(CASES[name].run, CASES[name].given(0, "nchw")))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 0, 5), (3, 8, 0), (3, 8, 5), (2, 8, 2, 3, 2)])
