@@ -68,8 +68,11 @@ def table(runs: Runs) -> str:
     titles = " | ".join(title for _, title, _, _ in metrics)
     head = f"| run | seeds | local steps | correction steps | {titles} |"
     sets = {name: auxiliary_sets(some) for name, some in runs.items()}
-    # By their size: one that was made again on another processor differs by rounding alone.
-    differ = len({some[0]["images"] for some in sets.values() if some}) > 1
+    # One that was made again on another processor differs by rounding alone.
+    firsts = [some[0] for some in sets.values() if some]
+    fids = [first["fid"] for first in firsts]
+    differ = len({first["images"] for first in firsts}) > 1
+    differ = differ or max(fids, default=0.0) > 1.2 * min(fids, default=0.0)
     lines = [head + (" its auxiliary set: images, FID |" if differ else "")]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     if not differ and (most := max(sets.values(), key=len)):
