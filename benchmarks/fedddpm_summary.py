@@ -78,22 +78,29 @@ def summary_table(studies: Mapping[str, Runs]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---|--:|--:|--:|:--|--:|--:|:--|--:|"]
     for row in ROWS:
         runs = _named_alike(studies.get(row.study, {}), row.kind)
-        if PLUS not in runs:
-            continue
-        usual = best(runs, lambda name: family(name) in BASELINES)
-        thrice = best(runs, lambda name: name.startswith("fedddpm-long"))
-        other = best(runs, lambda name: name.startswith(_OTHERS))
-        plain = (_cell(runs, name) for name in ("fedavg", thrice, "fedavg-double"))
-        fedavg, long, double = plain
-        best_usual, control = (f"{_cell(runs, n)} {_title(n)}".strip() for n in (usual, other))
-        others = [runs[n] for n in (usual, thrice, other, "fedavg-double") if n in runs]
-        mine, sets = _cell(runs, PLUS), auxiliary_sets(runs[PLUS])
-        if all(float(mine) <= round(_fid(some), 3) for some in others):
-            mine = f"**{mine}**"
-        of_set = f"{mean(event['fid'] for event in sets):.3f}" if sets else "–"
-        cells = [str(len(runs[PLUS])), mine, fedavg, best_usual, long, double, control, of_set]
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+        if PLUS in runs:
+            lines.append(f"| {row.title} | {' | '.join(_cells(runs))} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(runs: Runs) -> list[str]:
+    usual = best(runs, lambda name: family(name) in BASELINES)
+    thrice = best(runs, lambda name: name.startswith("fedddpm-long"))
+    control = best(runs, lambda name: name.startswith(_OTHERS))
+    others = [runs[name] for name in (usual, thrice, "fedavg-double", control) if name in runs]
+    mine, sets = _cell(runs, PLUS), auxiliary_sets(runs[PLUS])
+    if all(float(mine) <= round(_fid(some), 3) for some in others):
+        mine = f"**{mine}**"
+    return [
+        str(len(runs[PLUS])),
+        mine,
+        _cell(runs, "fedavg"),
+        f"{_cell(runs, usual)} {_title(usual)}".strip(),
+        _cell(runs, thrice),
+        _cell(runs, "fedavg-double"),
+        f"{_cell(runs, control)} {_title(control)}".strip(),
+        f"{mean(event['fid'] for event in sets):.3f}" if sets else "–",
+    ]
 
 
 def _named_alike(runs: Runs, kind: str) -> Runs:

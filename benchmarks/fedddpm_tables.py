@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -230,69 +231,82 @@ _CONTROLS = (
 )
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two runs, of the seeds that both have."""
+
+    one: list[Json]
+    two: list[Json]
+
+    def of(self, key: str) -> float:
+        """The ratio of the means over the seeds."""
+        return mean(finals(self.one, key)) / mean(finals(self.two, key))
+
+    @property
+    def ahead(self) -> str:
+        """In how many seeds the first ends lower."""
+        fids = zip(finals(self.one, "fid"), finals(self.two, "fid"), strict=True)
+        lower = [one < two for one, two in fids]
+        return f"{sum(lower)}/{len(lower)}"
+
+
+def _paired(runs: Runs, name: str, other: str) -> _Pair | None:
+    one, two = runs.get(name, []), runs.get(other, [])
+    shared = {run["seed"] for run in one} & {run["seed"] for run in two}
+    if not shared:
+        return None
+    one, two = ([run for run in some if run["seed"] in shared] for some in (one, two))
+    return _Pair(one, two)
+
+
 def ratios(runs: Runs, plus: str = PLUS) -> Json:
     """The aims for the run `plus`, each as a ratio of means over the seeds that both of its runs
     have; absent where a run is missing. Seeds share the split, the first model and the noise, so
     beside each stands in how many of them `plus` ends lower. The best baseline, and the best
     FedDDPM with thrice the steps, is the best of those that have as many seeds as any, with
     whatever constant."""
-    found: Json = {}
     if plus not in runs:
-        return found
+        return {}
+    found = _against_strategies(runs, plus)
+    for name, run, other in (
+        ("secure_vs_float", f"{plus}-secure", plus),
+        ("secure_vs_float_fedavg", "fedavg-secure", "fedavg"),
+    ):
+        if pair := _paired(runs, run, other):
+            found[name] = pair.of("fid")
+    for control in _CONTROLS:
+        if pair := _paired(runs, plus, control):
+            found |= {f"fid_vs_{control}": pair.of("fid"), f"seeds_ahead_of_{control}": pair.ahead}
+    return found
 
-    def paired(name: str, other: str) -> tuple[list[Json], list[Json]] | None:
-        one, two = runs.get(name, []), runs.get(other, [])
-        shared = {run["seed"] for run in one} & {run["seed"] for run in two}
-        if not shared:
-            return None
-        return [r for r in one if r["seed"] in shared], [r for r in two if r["seed"] in shared]
 
-    def of_fids(name: str, other: str) -> float | None:
-        pair = paired(name, other)
-        return mean(finals(pair[0], "fid")) / mean(finals(pair[1], "fid")) if pair else None
-
-    def ahead(name: str, other: str) -> str | None:
-        if not (pair := paired(name, other)):
-            return None
-        fids = zip(finals(pair[0], "fid"), finals(pair[1], "fid"), strict=True)
-        lower = [one < two for one, two in fids]
-        return f"{sum(lower)}/{len(lower)}"
-
+def _against_strategies(runs: Runs, plus: str) -> Json:
+    found: Json = {}
     usual = best(runs, lambda name: family(name) in BASELINES)
-    if pair := paired(plus, usual):
+    if pair := _paired(runs, plus, usual):
         found["best_baseline"] = usual
-        found["fid_vs_best_baseline"] = of_fids(plus, usual)
-        found["seeds_ahead_of_best_baseline"] = ahead(plus, usual)
+        found["fid_vs_best_baseline"] = pair.of("fid")
+        found["seeds_ahead_of_best_baseline"] = pair.ahead
         found["difference_over_spread"] = _separation(
-            finals(pair[1], "fid"), finals(pair[0], "fid")
+            finals(pair.two, "fid"), finals(pair.one, "fid")
         )
     thrice = best(runs, lambda name: _FEDDDPM.sub("", name) == PAPER[plus])
-    if pair := paired(plus, thrice):
-        steps = [mean(finals(some, "correction_steps")) for some in pair]
+    if pair := _paired(runs, plus, thrice):
         found["best_fedddpm"] = thrice
-        found["plus_fid_vs_fedddpm"] = of_fids(plus, thrice)
-        found["seeds_ahead_of_fedddpm"] = ahead(plus, thrice)
-        found["plus_steps_vs_fedddpm"] = steps[0] / steps[1]
+        found["plus_fid_vs_fedddpm"] = pair.of("fid")
+        found["seeds_ahead_of_fedddpm"] = pair.ahead
+        found["plus_steps_vs_fedddpm"] = pair.of("correction_steps")
     for other in sorted({*PAPER.values()} - {PAPER[plus]}):
-        if pair := paired(plus, other):
-            steps = [mean(finals(some, "correction_steps")) for some in pair]
-            found[f"fid_vs_{other}"], found[f"steps_vs_{other}"] = (
-                of_fids(plus, other),
-                steps[0] / steps[1],
-            )
-    if pair := paired(plus, "fedavg"):
-        fids = finals(pair[1], "fid")
-        found["rounds_to_fedavg_fid"] = _rounds_to(pair[0], mean(fids))
+        if pair := _paired(runs, plus, other):
+            found[f"fid_vs_{other}"] = pair.of("fid")
+            found[f"steps_vs_{other}"] = pair.of("correction_steps")
+    if pair := _paired(runs, plus, "fedavg"):
+        fids = finals(pair.two, "fid")
+        found["rounds_to_fedavg_fid"] = _rounds_to(pair.one, mean(fids))
         found["rounds_to_fedavg_fid_by_seed"] = [
-            _rounds_to([run], fid) for run, fid in zip(pair[0], fids, strict=True)
+            _rounds_to([run], fid) for run, fid in zip(pair.one, fids, strict=True)
         ]
-    found["secure_vs_float"] = of_fids(f"{plus}-secure", plus)
-    found["secure_vs_float_fedavg"] = of_fids("fedavg-secure", "fedavg")
-    for control in _CONTROLS:
-        found[f"fid_vs_{control}"] = of_fids(plus, control)
-        found[f"seeds_ahead_of_{control}"] = ahead(plus, control)
-    shown_when_unknown = ("difference_over_spread", "rounds_to_fedavg_fid")
-    return {k: v for k, v in found.items() if v is not None or k in shown_when_unknown}
+    return found
 
 
 _CONSTANT = re.compile(r"-\d+(-\d+)?$")

@@ -63,88 +63,101 @@ def _images(device: str, batch: int) -> tuple[Tensor, Tensor, Tensor, dict[str, 
 
 def elementwise(device: str) -> Iterator[Case]:
     for batch in BATCHES[device]:
-        yield from _elementwise(device, batch)
+        images = _Elementwise(device, batch)
+        yield from images.noising()
+        yield from images.losses()
+        yield from images.sampling()
 
 
-def _elementwise(device: str, batch: int) -> Iterator[Case]:
-    x_0, t, alpha_bar, stream = _images(device, batch)
-    n, large = x_0.numel(), batch == BATCHES[device][-1]
-    half = torch.float32 if device == "cpu" else torch.bfloat16  # what a network predicts in
-    size = half.itemsize
+class _Elementwise:
+    """Ops over one batch of images; aims and rates are of the largest batch."""
+
+    def __init__(self, device: str, batch: int) -> None:
+        self.batch, self.large = batch, batch == BATCHES[device][-1]
+        self.x_0, self.t, self.alpha_bar, self.stream = _images(device, batch)
+        self.n = self.x_0.numel()
+        # What a network predicts in.
+        self.half = torch.float32 if device == "cpu" else torch.bfloat16
+        self.pred = torch.randn(self.x_0.shape, device=device, dtype=self.half).requires_grad_()
+        self.eps = torch.randn(self.x_0.shape, device=device)
 
     def case(
-        name: str, moved: int, ours: Job, eager: Job, aim: str | None = None,
+        self, name: str, moved: int, ours: Job, eager: Job, aim: str | None = None,
         noise: Job | None = None,
     ) -> Case:  # fmt: skip
-        return Case(f"{name}, batch {batch}", moved if large else None, ours, eager,
-                    aim if large else None, noise)  # fmt: skip
+        return Case(f"{name}, batch {self.batch}", moved if self.large else None, ours, eager,
+                    aim if self.large else None, noise)  # fmt: skip
 
-    def noise() -> Tensor:
-        return kernels.normal(x_0.shape, **stream, dtype=half)
+    def noise(self) -> Tensor:
+        return kernels.normal(self.x_0.shape, **self.stream, dtype=self.half)
 
-    def eager_q_sample() -> Tensor:
-        a, x = alpha_bar[t].view(-1, 1, 1, 1), x_0.float() * (2 / 255) - 1
-        return a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+    def noising(self) -> Iterator[Case]:
+        x_0, t, alpha_bar, stream, n = self.x_0, self.t, self.alpha_bar, self.stream, self.n
 
-    yield case(
-        "q_sample", 5 * n, lambda: kernels.q_sample(x_0, t, alpha_bar, **stream),
-        eager_q_sample, "q_sample", noise,
-    )  # fmt: skip
-    pred = torch.randn(x_0.shape, device=device, dtype=half).requires_grad_()
-    eps = torch.randn(x_0.shape, device=device)
+        def eager(eps: Tensor) -> Tensor:
+            a, x = alpha_bar[t].view(-1, 1, 1, 1), x_0.float() * (2 / 255) - 1
+            return a.sqrt() * x + (1 - a).sqrt() * eps
 
-    def eager_add_noise() -> Tensor:
-        a, x = alpha_bar[t].view(-1, 1, 1, 1), x_0.float() * (2 / 255) - 1
-        return a.sqrt() * x + (1 - a).sqrt() * eps
+        yield self.case(
+            "q_sample", 5 * n, lambda: kernels.q_sample(x_0, t, alpha_bar, **stream),
+            lambda: eager(torch.randn_like(self.eps)), "q_sample", self.noise,
+        )  # fmt: skip
+        yield self.case(
+            "add_noise", 9 * n, lambda: kernels.add_noise(x_0, self.eps, t, alpha_bar),
+            lambda: eager(self.eps),
+        )  # fmt: skip
 
-    yield case(
-        "add_noise", 9 * n, lambda: kernels.add_noise(x_0, eps, t, alpha_bar), eager_add_noise,
-    )  # fmt: skip
+    def losses(self) -> Iterator[Case]:
+        pred, moved = self.pred, self.half.itemsize * self.n
 
-    def grad(loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss.mean(), pred)[0]
+        def grad(loss: Tensor) -> Tensor:
+            return torch.autograd.grad(loss.mean(), pred)[0]
 
-    def eager_loss() -> Tensor:
-        return (pred.float() - eps).square().flatten(1).mean(1)
+        def ours() -> Tensor:
+            return kernels.ddpm_loss(pred, self.x_0, self.t, self.alpha_bar, **self.stream)
 
-    yield case(
-        "ddpm_loss (its one pass: loss and residual)", 2 * size * n,
-        lambda: kernels.ddpm_loss(pred, x_0, t, alpha_bar, **stream), eager_loss, "ddpm_loss",
-        noise,
-    )  # fmt: skip
-    yield case(
-        "ddpm_loss, with gradient (eager: noise stored)", 4 * size * n,
-        lambda: grad(kernels.ddpm_loss(pred, x_0, t, alpha_bar, **stream)),
-        lambda: grad(eager_loss()),
-    )  # fmt: skip
-    x_t, given = torch.randn(x_0.shape, device=device), pred.detach()
-    s = t - 1
+        def eager() -> Tensor:
+            return (pred.float() - self.eps).square().flatten(1).mean(1)
 
-    def eager_estimate() -> tuple[Tensor, Tensor, Tensor]:
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        b = torch.where(s < 0, 1.0, alpha_bar[s.clamp(min=0)]).view(-1, 1, 1, 1)
-        return a, b, ((x_t - (1 - a).sqrt() * given) / a.sqrt()).clamp(-1, 1)
+        yield self.case(
+            "ddpm_loss (its one pass: loss and residual)", 2 * moved, ours, eager, "ddpm_loss",
+            self.noise,
+        )  # fmt: skip
+        yield self.case(
+            "ddpm_loss, with gradient (eager: noise stored)", 4 * moved,
+            lambda: grad(ours()), lambda: grad(eager()),
+        )  # fmt: skip
 
-    def eager_ddim() -> Tensor:
-        _, b, clean = eager_estimate()
-        return b.sqrt() * clean + (1 - b).sqrt() * given
+    def sampling(self) -> Iterator[Case]:
+        t, s, alpha_bar, stream = self.t, self.t - 1, self.alpha_bar, self.stream
+        x_t, given = torch.randn_like(self.eps), self.pred.detach()
+        moved = (8 + self.half.itemsize) * self.n
 
-    def eager_ddpm() -> Tensor:
-        a, b, clean = eager_estimate()
-        beta, rest = 1 - a / b, (1 - b) / (1 - a)
-        mean = b.sqrt() * beta / (1 - a) * clean + (a / b).sqrt() * rest * x_t
-        return mean + (rest * beta).sqrt() * torch.randn_like(x_t)
+        def eager_estimate() -> tuple[Tensor, Tensor, Tensor]:
+            a = alpha_bar[t].view(-1, 1, 1, 1)
+            b = torch.where(s < 0, 1.0, alpha_bar[s.clamp(min=0)]).view(-1, 1, 1, 1)
+            return a, b, ((x_t - (1 - a).sqrt() * given) / a.sqrt()).clamp(-1, 1)
 
-    yield case(
-        "sampler_step, DDIM", (8 + size) * n,
-        lambda: kernels.sampler_step(x_t, given, t, s, alpha_bar, eta=0.0, **stream),
-        eager_ddim, "sampler_step",
-    )  # fmt: skip
-    yield case(
-        "sampler_step, DDPM with noise", (8 + size) * n,
-        lambda: kernels.sampler_step(x_t, given, t, s, alpha_bar, **stream), eager_ddpm,
-        noise=noise,
-    )  # fmt: skip
+        def eager_ddim() -> Tensor:
+            _, b, clean = eager_estimate()
+            return b.sqrt() * clean + (1 - b).sqrt() * given
+
+        def eager_ddpm() -> Tensor:
+            a, b, clean = eager_estimate()
+            beta, rest = 1 - a / b, (1 - b) / (1 - a)
+            mean = b.sqrt() * beta / (1 - a) * clean + (a / b).sqrt() * rest * x_t
+            return mean + (rest * beta).sqrt() * torch.randn_like(x_t)
+
+        yield self.case(
+            "sampler_step, DDIM", moved,
+            lambda: kernels.sampler_step(x_t, given, t, s, alpha_bar, eta=0.0, **stream),
+            eager_ddim, "sampler_step",
+        )  # fmt: skip
+        yield self.case(
+            "sampler_step, DDPM with noise", moved,
+            lambda: kernels.sampler_step(x_t, given, t, s, alpha_bar, **stream), eager_ddpm,
+            noise=self.noise,
+        )  # fmt: skip
 
 
 def optimiser(device: str) -> Iterator[Case]:
