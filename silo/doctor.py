@@ -8,6 +8,7 @@ beside a running agent.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from typing import Literal
 
 import grpc
 
+from diffusion.features.file import FeatureFileError, read_network
 from protos.v1 import coordination_pb2 as pb
 from protos.v1.coordination_pb2_grpc import CoordinationStub
 from silo.client import Way, detail_of
-from silo.config import SiloConfig, data_path, load_config
+from silo.config import Policy, SiloConfig, data_path, load_config
 from silo.data.dataset import open_dataset
 from silo.enrolment import way_of
 from silo.errors import SiloError
@@ -33,6 +35,7 @@ from silo.home import SiloHome
 from silo.identity import load_enrolment, load_or_make_identity
 from silo.offers import offered_terms, pinned_terms
 from silo.orders import Measured, MeasureTraining
+from silo.policy import check_plan
 from silo.reach import Unreachable, dial, proxy_of, shake_hands
 from silo.worker import Worker
 from study.plan import Plan, load_plan
@@ -77,6 +80,9 @@ def examine(
     yield Finding("site.toml", "ok", f"site {config.site.name!r}")
     yield from _way(place, config)
     yield from _machine(place)
+    yield from _feature_files(config.policy)
+    if plan is not None:
+        yield _policy(config.policy, plan)
     yield _data(place, config)
     measured = measure(config, plan)
     yield _device(measured)
@@ -230,6 +236,34 @@ def _machine(place: SiloHome) -> Iterator[Finding]:
         yield Finding(
             "keys", "problem", f"others may enter {place.path}", f"chmod 700 {place.path}"
         )
+
+
+def _feature_files(policy: Policy) -> Iterator[Finding]:
+    """Whether a study that names one could be evaluated here."""
+    for file in policy.feature_files:
+        try:
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            read_network(file.stem, sha256, (file,))
+        except OSError as error:
+            mend = "ask the study centre for the file, or correct [policy] in site.toml"
+            yield Finding("features", "problem", f"{file}: {error.strerror}", mend)
+        except FeatureFileError as error:
+            yield Finding("features", "problem", str(error), "ask the study centre for the file")
+        else:
+            allowed = file.stem in policy.feature_networks
+            text = f"{file.name} is a feature network, SHA-256 {sha256}"
+            mend = (
+                "" if allowed else f'no study may use it until feature_networks has "{file.stem}"'
+            )
+            yield Finding("features", "ok" if allowed else "warning", text, mend)
+
+
+def _policy(policy: Policy, plan: Plan) -> Finding:
+    broken = [f"{declined.rule}: {declined.why}" for declined in check_plan(policy, plan)]
+    if not broken:
+        return Finding("policy", "ok", f"this site's policy has nothing against {plan.study.title}")
+    mend = "the agent declines it: ask the study centre for less, or change [policy] in site.toml"
+    return Finding("policy", "problem", "; ".join(broken), mend)
 
 
 def _data(place: SiloHome, config: SiloConfig) -> Finding:

@@ -35,8 +35,23 @@ def check_study(
     policy: Policy, plan: Plan, roster: Roster, *, site: str, identity: bytes
 ) -> Declined | None:
     """The first rule that plan and roster break for the site with this name and Ed25519 key."""
-    rules = (_roster_rules(policy, plan, roster, site, identity), _plan_rules(policy, plan))
+    rules = (_roster_rules(policy, plan, roster, site, identity), check_plan(policy, plan))
     return next((declined for found in rules for declined in found), None)
+
+
+def check_plan(policy: Policy, plan: Plan) -> Iterator[Declined]:
+    """Every rule that the plan breaks, whoever takes part."""
+    yield from _limits(policy, plan)
+    yield from _auxiliary_rules(policy, plan.auxiliary)
+    if plan.strategy.local_rules().auxiliary_share and not policy.auxiliary_among_sites:
+        yield Declined("auxiliary_among_sites", "it sends the synthetic images to every site")
+    for purpose in purposes(plan):
+        if purpose not in policy.purposes:
+            yield Declined(
+                "purposes", f"it sums {purpose!r}, allowed: {', '.join(policy.purposes)}"
+            )
+    if plan.evaluation is not None:
+        yield from _network_rules(policy, plan.evaluation)
 
 
 def _roster_rules(
@@ -72,7 +87,7 @@ def _roster_rules(
         )
 
 
-def _plan_rules(policy: Policy, plan: Plan) -> Iterator[Declined]:
+def _limits(policy: Policy, plan: Plan) -> Iterator[Declined]:
     if plan.rounds.count > policy.largest_rounds:
         yield Declined(
             "largest_rounds", f"{plan.rounds.count} rounds, at most {policy.largest_rounds}"
@@ -87,16 +102,6 @@ def _plan_rules(policy: Policy, plan: Plan) -> Iterator[Declined]:
         yield Declined(
             "largest_steps", f"{steps:,} training steps, at most {policy.largest_steps:,}"
         )
-    yield from _auxiliary_rules(policy, plan.auxiliary)
-    if plan.strategy.local_rules().auxiliary_share and not policy.auxiliary_among_sites:
-        yield Declined("auxiliary_among_sites", "it sends the synthetic images to every site")
-    for purpose in purposes(plan):
-        if purpose not in policy.purposes:
-            yield Declined(
-                "purposes", f"it sums {purpose!r}, allowed: {', '.join(policy.purposes)}"
-            )
-    if plan.evaluation is not None:
-        yield from _network_rules(policy, plan.evaluation)
 
 
 def _auxiliary_rules(policy: Policy, wanted: Auxiliary | None) -> Iterator[Declined]:

@@ -106,16 +106,21 @@ def read_network(
             f'feature network "{name}" is not here: use one of {", ".join(FEATURE_NETWORKS)}, or '
             f"get {name}{_SUFFIX} and name it in {where}"
         )
-    content = _read(own, sha256, "get the file that the plan means")
-    entries = _entries(own.name, content)
-    architecture = _architecture(own.name, content)
-    tensors = _tensors(own.name, entries, architecture)
+    return parse_network(own.name, _read(own, sha256, "get the file that the plan means"))
+
+
+def parse_network(file: str, content: bytes) -> StoredNetwork:
+    """The network that a file called so holds. Raises FeatureFileError for what is none, or could
+    count wrongly."""
+    entries = _entries(file, content)
+    architecture = _architecture(file, content)
+    tensors = _tensors(file, entries, architecture)
     if np.abs(tensors["center"]).max() > FEATURE_BOUND:
-        raise _unfit(own.name, f"its centre exceeds ±{FEATURE_BOUND:g}")
+        raise _unfit(file, f"its centre exceeds ±{FEATURE_BOUND:g}")
     # An overflow would make some images' features NaN, and so the whole sum of whoever has them:
     # a network could be made to let one site's sum alone be finite.
     if _largest_value(tensors) > _LARGEST_VALUE:
-        raise _unfit(own.name, "its weights are so large that features could overflow")
+        raise _unfit(file, "its weights are so large that features could overflow")
     return StoredNetwork(architecture, tensors)
 
 

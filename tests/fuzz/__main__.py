@@ -51,7 +51,9 @@ def main(target: str, seconds: str = "20") -> int:
 def here(target: str, seconds: str) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=["secagg", "study", "silo", "coordinator"]):
+    with atheris.instrument_imports(
+        include=["secagg", "study", "silo", "coordinator", "diffusion"]
+    ):
         from tests.fuzz.parsers import TARGETS, seeds
     corpus = FOLDER / target
     corpus.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 A target parses; what parses must encode to the same bytes, and what does not must raise the one
 error of its kind. Anything else that escapes is a finding. Two kinds are not canonical as bytes,
 and are compared as values instead: protobuf messages, and invitations, which people copy by hand.
+Of two kinds of files that are only read nothing is written again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
+from safetensors.numpy import save
 
 from coordinator.journal import decode_event, encode_event
 from coordinator.wire import BadRequest, check, parcels_of, task_of
+from diffusion.features.file import METADATA, Architecture, FeatureFileError, parse_network
 from protos.v1 import coordination_pb2 as pb
 from secagg.certificate import Certificate
 from secagg.context import SessionContext
@@ -35,6 +40,7 @@ from secagg.messages import (
     Unmask,
 )
 from secagg.roster import Roster
+from silo.data.pickled import bytes_of_rows, parse
 from silo.errors import ProposalRefused
 from silo.offers import BadOffer, parse_terms
 from silo.proposal import Pinned, check_open
@@ -51,6 +57,7 @@ from study.quantity import (
     encode_work,
     session_context,
 )
+from tests.silo.pickles import cifar_batch, python_2
 from tests.silo.studies import make_plan, make_roster
 
 Target = Callable[[bytes], None]
@@ -140,6 +147,24 @@ def _submit(data: bytes) -> None:
         raise AssertionError(f"a submission changes when written again: {message}")
 
 
+def _pickle(data: bytes) -> None:
+    """A batch of CIFAR's Python version, which anybody may have made."""
+    with suppress(ValueError):
+        found = parse(data)
+        bytes_of_rows(found.get("data") if isinstance(found, dict) else found, 3072)
+
+
+def _network(data: bytes) -> None:
+    """The file of a feature network, which whoever proposes a study made."""
+    try:
+        found = parse_network("net.safetensors", data)
+    except FeatureFileError:
+        return
+    sizes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    if sizes != found.architecture.shapes():
+        raise AssertionError(f"a network of other sizes than it says: {sizes}")
+
+
 _MESSAGES = (Signed, Advert, Header, MaskedInput, Confirm, Unmask, Abort, Complaint)
 _VALUES = (Certificate, SessionContext, Roster)
 TARGETS: dict[str, Target] = {
@@ -154,6 +179,8 @@ TARGETS: dict[str, Target] = {
     "open": _open,
     "offer": _offer,
     "submit": _submit,
+    "pickle": _pickle,
+    "network": _network,
 }
 PLAN = make_plan()
 ROSTER, _ = make_roster(PLAN)
@@ -221,6 +248,17 @@ def _proposals() -> list[bytes]:
     return [message.SerializeToString()]
 
 
+def _networks() -> list[bytes]:
+    architecture = Architecture(image_size=4, layers=((1, 2), (2, 1)), classes=2)
+    tensors = {name: np.zeros(size, "<f4") for name, size in architecture.shapes().items()}
+    return [save(tensors, {METADATA: architecture.model_dump_json()})]
+
+
+def _pickles() -> list[bytes]:
+    images = np.zeros((1, 3, 32, 32), np.uint8)
+    return [python_2(cifar_batch(images, [7], kind)) for kind in ("", "fine_")]
+
+
 def _seeds() -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {name: [] for name in TARGETS}
     bodies = {"advertise": "advert", "share": "header", "masked_input": "maskedinput"}
@@ -255,6 +293,7 @@ def _seeds() -> dict[str, list[bytes]]:
     found["submit"] = [submit.SerializeToString()]
     received = Received(Signed.decode(signed), parcels_of(parcels))
     found["journal"] = [encode_event(received), encode_event(Deadline())]
+    found["pickle"], found["network"] = _pickles(), _networks()
     return found
 
 

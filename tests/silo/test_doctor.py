@@ -18,6 +18,7 @@ from concilium.demo.federation import free_port
 from silo import admin
 from silo.doctor import Finding, examine
 from silo.files import write_json
+from tests.fuzz import parsers
 from tests.silo.centre import Centre, enrol, make_site
 from tests.silo.proxy import ConnectProxy
 from tests.silo.studies import FEDAVG
@@ -77,6 +78,46 @@ def test_a_site_that_has_not_begun_is_told_what_comes_next(tmp_path: Path) -> No
     assert "join TOKEN" in found["enrolment"].mend
     assert found["data"].level == "problem"
     assert found["keys"].mend == f"chmod 700 {home}"
+
+
+def set_policy(home: Path, rules: str) -> None:
+    """In place of what `init` wrote there."""
+    file = home / "site.toml"
+    before, _, after = file.read_text().partition("[policy]")
+    file.write_text(f"{before}[policy]\n{rules}\n[resources]{after.partition('[resources]')[2]}")
+
+
+def test_what_the_policy_has_against_a_plan_is_told_before_it_is_offered(tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    (tmp_path / "plan.toml").write_text(FEDAVG)
+
+    def look() -> Finding:
+        found = examine(home, plan_file=tmp_path / "plan.toml", silos=5)
+        return next(finding for finding in found if finding.check == "policy")
+
+    assert look().level == "ok"
+    set_policy(home, 'largest_rounds = 2\npurposes = ["census"]')
+    assert look().level == "problem"
+    assert "largest_rounds: 3 rounds, at most 2; purposes: it sums 'round'" in look().text
+
+
+def test_each_file_of_a_feature_network_is_read(tmp_path: Path) -> None:
+    home = make_site(tmp_path, "north")
+    with (home / "site.toml").open("a") as file:
+        file.write('[policy]\nfeature_networks = ["ours"]\nfeature_files = [')
+        file.write(
+            '"ours.safetensors", "other.safetensors", "torn.safetensors", "no.safetensors"]\n'
+        )
+    for name in ("ours", "other"):
+        (home / f"{name}.safetensors").write_bytes(parsers.seeds("network")[0])
+    (home / "torn.safetensors").write_bytes(b"torn")
+    found = takewhile(lambda finding: finding.check != "data", examine(home))
+    ours, other, torn, no = (finding for finding in found if finding.check == "features")
+    assert (ours.level, other.level) == ("ok", "warning")
+    assert 'add "other" to feature_networks' in other.mend
+    assert (torn.level, no.level) == ("problem", "problem")
+    assert "torn.safetensors is no feature network" in torn.text
+    assert "no.safetensors: No such file" in no.text
 
 
 async def test_each_step_of_the_way_that_fails_is_named(centre: Centre, tmp_path: Path) -> None:
