@@ -103,11 +103,8 @@ def test_what_the_policy_has_against_a_plan_is_told_before_it_is_offered(tmp_pat
 
 def test_each_file_of_a_feature_network_is_read(tmp_path: Path) -> None:
     home = make_site(tmp_path, "north")
-    with (home / "site.toml").open("a") as file:
-        file.write('[policy]\nfeature_networks = ["ours"]\nfeature_files = [')
-        file.write(
-            '"ours.safetensors", "other.safetensors", "torn.safetensors", "no.safetensors"]\n'
-        )
+    files = [f"{name}.safetensors" for name in ("ours", "other", "torn", "no")]
+    set_policy(home, f'feature_networks = ["ours"]\nfeature_files = {files}')
     for name in ("ours", "other"):
         (home / f"{name}.safetensors").write_bytes(parsers.seeds("network")[0])
     (home / "torn.safetensors").write_bytes(b"torn")
