@@ -80,7 +80,7 @@ def examine(
     yield Finding("site.toml", "ok", f"site {config.site.name!r}")
     yield from _way(place, config)
     yield from _machine(place)
-    yield from _feature_files(config.policy)
+    yield from (_feature_file(config.policy, file) for file in config.policy.feature_files)
     if plan is not None:
         yield _policy(config.policy, plan)
     yield _data(place, config)
@@ -238,24 +238,21 @@ def _machine(place: SiloHome) -> Iterator[Finding]:
         )
 
 
-def _feature_files(policy: Policy) -> Iterator[Finding]:
-    """Whether a study that names one could be evaluated here."""
-    for file in policy.feature_files:
-        try:
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-            read_network(file.stem, sha256, (file,))
-        except OSError as error:
-            mend = "ask the study centre for the file, or correct [policy] in site.toml"
-            yield Finding("features", "problem", f"{file}: {error.strerror}", mend)
-        except FeatureFileError as error:
-            yield Finding("features", "problem", str(error), "ask the study centre for the file")
-        else:
-            allowed = file.stem in policy.feature_networks
-            text = f"{file.name} is a feature network, SHA-256 {sha256}"
-            mend = (
-                "" if allowed else f'no study may use it until feature_networks has "{file.stem}"'
-            )
-            yield Finding("features", "ok" if allowed else "warning", text, mend)
+def _feature_file(policy: Policy, file: Path) -> Finding:
+    """Whether a study that names this network could be evaluated here."""
+    get = "ask the study centre for the file, or correct [policy] in site.toml"
+    try:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        read_network(file.stem, sha256, (file,))
+    except OSError as error:
+        return Finding("features", "problem", f"{file}: {error.strerror}", get)
+    except FeatureFileError as error:
+        return Finding("features", "problem", str(error), get)
+    text = f"{file.name} is a feature network, SHA-256 {sha256}"
+    if file.stem in policy.feature_networks:
+        return Finding("features", "ok", text)
+    allow = f'if studies may evaluate with it, add "{file.stem}" to feature_networks'
+    return Finding("features", "warning", text, allow)
 
 
 def _policy(policy: Policy, plan: Plan) -> Finding:
