@@ -16,7 +16,7 @@ from concilium.simulate.spec import load_sweep
 from concilium.simulate.sweep import identity_of
 from diffusion.model import model_digest
 from study.problems import PlanError
-from tests.concilium.test_simulate import simulate, study
+from tests.concilium.simulations import simulate, study
 from tests.networks import make_network
 
 DIGITS = "9fb79a8912226791a58ea0d29720e44da22c67879da2f1e7ddf219bdcb70dfed"

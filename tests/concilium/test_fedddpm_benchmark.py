@@ -13,7 +13,7 @@ from benchmarks import fedddpm_tables as tables
 from benchmarks.fedddpm_pictures import apart
 from benchmarks.fedddpm_summary import summary_table
 from concilium.simulate.spec import load_sweep
-from tests.concilium.test_simulate import PLUS, RUN, STUDY
+from tests.concilium.simulations import PLUS, RUN, STUDY
 
 
 def made(seed: int, *fids: float, steps: int = 0, set_fid: float | None = None) -> dict[str, Any]:

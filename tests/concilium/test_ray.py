@@ -9,7 +9,7 @@ import pytest
 
 from concilium.simulate.spec import load_sweep
 from concilium.simulate.sweep import run_sweep
-from tests.concilium.test_simulate import ALL, PLUS, simulate, study
+from tests.concilium.simulations import ALL, PLUS, simulate, study
 
 pytest.importorskip("ray", reason="concilium[ray] is not installed")
 

@@ -17,7 +17,7 @@ from concilium.simulate.silos import federate
 from concilium.simulate.spec import load_sweep
 from concilium.simulate.sweep import run_sweep
 from study.reservation import share
-from tests.concilium.test_simulate import events, study
+from tests.concilium.simulations import events, study
 
 
 def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> None:
