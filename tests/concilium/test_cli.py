@@ -92,7 +92,7 @@ def test_study_check_says_what_ends_the_training_of_a_local_model(tmp_path: Path
     text = (README.parent / "study" / "plans" / "digits.toml").read_text("utf-8")
     plan, patience = tmp_path / "plan.toml", re.compile(r"^patience = 2.*\n", re.MULTILINE)
     plan.write_text(text, "utf-8")
-    assert "until 2 checks in a row improve by less than 2%" in run("study", "check", plan).output
+    assert "until 2 checks in a row improve by less than 1%" in run("study", "check", plan).output
     plan.write_text(patience.sub("", text), "utf-8")
     shown = run("study", "check", plan).output
     assert "after 300 local steps" in shown
