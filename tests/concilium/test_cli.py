@@ -95,7 +95,7 @@ def test_study_check_says_what_ends_the_training_of_a_local_model(tmp_path: Path
     assert "until 2 checks in a row improve by less than 1%" in run("study", "check", plan).output
     plan.write_text(patience.sub("", text), "utf-8")
     shown = run("study", "check", plan).output
-    assert "after 300 local steps" in shown
+    assert "after 1200 local steps" in shown
     assert "converged or not: for a criterion, write patience = 2 in [warm_up]" in shown
 
 
