@@ -36,6 +36,8 @@ _LANES = 128  # blocks of masks to a program: one a thread
 # stores 128 bits where there are 64 to a warp.
 _QUANTISED = {8: 128, 16: 64, 32: 64}
 _NARROW = 32  # blocks to a program where no access is wide: they take more registers
+# Registers are fewer still, as triton 3.6's compiler would keep two of them in memory with 32.
+_QUANTISED_NARROW = {8: 16, 16: 16, 32: 32}
 _REST = 64  # elements that one program takes at the end: whole blocks in every ring
 
 
@@ -250,7 +252,7 @@ def _launch_mask_add(
     n, ring = words.numel(), _RINGS[words.dtype]
     per_block = 16 if ring == 32 else 32
     vectors, constants = rounding[:3], [value.contiguous() for value in rounding[3:]]
-    most = _QUANTISED[ring] if _aligned(words, *vectors) else _NARROW
+    most = (_QUANTISED if _aligned(words, *vectors) else _QUANTISED_NARROW)[ring]
     n_tensors = constants[0].numel()
     programs = triton.cdiv(n, most * per_block) + 1
     partial = torch.zeros((programs, 2), dtype=torch.int32, device=words.device)
