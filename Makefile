@@ -37,7 +37,7 @@ test: $(VENV)/.test ## the tests; ARGS="-k secagg"
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory coverage
 	@$(BIN)/python -m tests.secagg.soak 2000 --random --jobs 2
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/secagg --numprocesses=2 --dist=loadfile --max-worker-restart=0
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/secagg --numprocesses=2 --dist=loadfile --max-worker-restart=0 --durations=25
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
