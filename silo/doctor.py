@@ -243,7 +243,7 @@ def _feature_file(policy: Policy, file: Path) -> Finding:
     get = "ask the study centre for the file, or correct [policy] in site.toml"
     try:
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        read_network(file.stem, sha256, (file,))
+        read_network(file.stem, sha256, (file,))  # as a plan that pins this very file would have it
     except OSError as error:
         return Finding("features", "problem", f"{file}: {error.strerror}", get)
     except FeatureFileError as error:
