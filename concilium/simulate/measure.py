@@ -1,5 +1,6 @@
-"""FID, KID and coverage of samples against all silos' images, by the plan's feature network, and
-how many of them are near-copies of one of these images, by their pixels."""
+"""FID, KID and coverage of samples against all silos' images, by the plan's feature network, how
+many of them are near-copies of one of these images, by their pixels, and a model's loss on the
+silos' images by timestep."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ from concilium.simulate.spec import Simulation
 from diffusion.audit import copy_share
 from diffusion.classifier import synthetic_to_real
 from diffusion.coverage import covered, neighbour_radii
+from diffusion.evaluation import LOSS_IMAGES, evenly_spaced
 from diffusion.execution import Execution
 from diffusion.features.network import load_feature_network
 from diffusion.frechet import fid, kid, moments
 from diffusion.labels import even_labels
+from diffusion.loss import loss_curve, loss_table
 from diffusion.model import build_model, load_vector
 from diffusion.sampling import sample
 from study.plan import Plan
+from study.quantity import evaluation_bins
 from study.reservation import share
 
 Vector = NDArray[np.float32]
@@ -82,6 +86,44 @@ class Ruler:
     def of_model(self, model: Vector) -> Measured:
         """Of samples of one model."""
         return self.of_models([model])
+
+    def losses_of_model(self, model: Vector) -> list[float]:
+        """Mean over the silos of the model's loss on each one's images, by bins of timesteps, the
+        least noisy first: what an evaluation of the service sums up (`diffusion.evaluation`)."""
+        bins = evaluation_bins(self._plan.schedule.num_train_timesteps)
+        inputs = {
+            **self._trained_as(model),
+            "what": "losses",
+            "images": LOSS_IMAGES,
+            "bins": bins,
+            "data": self._federation.digest,
+        }
+        labels = self._federation.labels_for(self._plan)
+        if self._plan.model.classes is not None:
+            inputs["labels"] = digest_array(*self._federation.labels)
+
+        def compute() -> Arrays:
+            network = build_model(self._plan.model)
+            load_vector(network, model)
+            curves = [
+                loss_curve(
+                    loss_table(
+                        network,
+                        evenly_spaced(images, LOSS_IMAGES),
+                        schedule=self._plan.schedule,
+                        objective=self._plan.objective,
+                        seed=self._plan.study.seed,
+                        execution=self._execution,
+                        labels=None if own is None else evenly_spaced(own, LOSS_IMAGES),
+                        bins=bins,
+                    )
+                )
+                for images, own in zip(self._federation.images, labels, strict=True)
+            ]
+            return {"losses": np.mean(curves, axis=0)}
+
+        losses: list[float] = self._memo.get(inputs, compute)["losses"].tolist()
+        return losses
 
     def accuracy_of_model(self, model: Vector) -> dict[str, float]:
         """Of a classifier that is trained on samples of a conditional model (`accuracy`), and of
@@ -174,6 +216,13 @@ class Ruler:
 
     def _samples_of(self, model: Vector) -> dict[str, Any]:
         """What samples of a model depend on besides their number."""
+        return {
+            **self._trained_as(model),
+            "sampler": self._plan.sampler.model_dump(mode="json"),
+        }
+
+    def _trained_as(self, model: Vector) -> dict[str, Any]:
+        """A model, the noise that it is measured with, and how it is computed."""
         plan = self._plan
         return {
             "weights": digest_array(model),
@@ -181,7 +230,7 @@ class Ruler:
             "precision": self._precision,
             **{
                 part: getattr(plan, part).model_dump(mode="json")
-                for part in ("model", "schedule", "objective", "sampler")
+                for part in ("model", "schedule", "objective")
             },
         }
 

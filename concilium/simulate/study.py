@@ -162,7 +162,7 @@ class Study:
             if self._plan.evaluates(number):
                 measured = self._ruler.of_model(model)
                 digest = hashlib.sha256(model.astype("<f4").tobytes()).hexdigest()
-                also = {**steps, "model": digest, **self._accuracy(model, number)}
+                also = {**steps, "model": digest, **self._of_one(model, number)}
                 yield self._evaluation(number, measured, also)
                 fids.append(measured.fid)
                 follow = number < plan.rounds.count
@@ -323,13 +323,16 @@ class Study:
         for row, number in enumerate(rounds):
             measured = self._ruler.of_models([weights[row] for weights in models])
             steps = {"local_steps": number * self._plan.rounds.local_steps, "correction_steps": 0}
-            yield self._evaluation(number, measured, steps | self._accuracy(models[0][row], number))
+            # Of several models, one per silo, neither a loss nor an accuracy would be a model's.
+            also = self._of_one(models[0][row], number) if len(models) == 1 else {}
+            yield self._evaluation(number, measured, steps | also)
 
-    def _accuracy(self, model: Vector, number: int) -> Json:
-        """Of classifiers, in the last round of a conditional study."""
-        if self._plan.model.classes is None or number < self._plan.rounds.count:
-            return {}
-        return self._ruler.accuracy_of_model(model)
+    def _of_one(self, model: Vector, number: int) -> Json:
+        """Loss by timestep, and accuracy in the last round of a conditional study."""
+        found: Json = {"losses": self._ruler.losses_of_model(model)}
+        if self._plan.model.classes is not None and number == self._plan.rounds.count:
+            found |= self._ruler.accuracy_of_model(model)
+        return found
 
     def _evaluation(self, number: int, measured: Measured, also: Json) -> Json:
         return {"event": "evaluation", "round": number, **measured.line(), **also}

@@ -13,11 +13,16 @@ from PIL import Image
 from concilium.datasets import digits
 from concilium.partition import Partition
 from concilium.simulate.measure import Ruler, Vector
-from concilium.simulate.silos import federate
+from concilium.simulate.memo import Memo
+from concilium.simulate.silos import Here, execution_of, federate
 from concilium.simulate.spec import load_sweep
+from concilium.simulate.study import Study
 from concilium.simulate.sweep import run_sweep
+from diffusion.evaluation import compare
+from diffusion.features.network import load_feature_network
+from diffusion.model import build_model, load_vector
 from study.reservation import share
-from tests.concilium.simulations import events, study
+from tests.concilium.simulations import CONDITIONAL, events, study
 
 
 def test_images_that_no_silo_has_are_measured_as_samples_are(tmp_path: Path) -> None:
@@ -66,7 +71,40 @@ def test_of_one_model_per_silo_samples_are_as_many_as_its_share_of_the_images(
     silos = federate(next(load_sweep(path).points()), digits())
     last = events(path, tmp_path / "memo", silos)[-1]
     assert len(set(silos.counts)) > 1
+    assert "losses" not in last, "of which model?"
     assert asked[-4:] == [share(last["samples"], n, silos.total) for n in silos.counts]
+
+
+@pytest.mark.parametrize("changes", [{}, CONDITIONAL], ids=["images", "labelled"])
+def test_the_loss_by_timestep_is_the_mean_of_what_silos_would_measure(
+    changes: dict[str, str], tmp_path: Path
+) -> None:
+    point = next(load_sweep(study(tmp_path, {"fedavg": ""}, **changes)).points())
+    plan, silos = point.plan, federate(point, digits())
+    simulated = Study(point, silos, Memo(tmp_path / "memo"), Here())
+    last = list(simulated.events())[-1]
+    assert plan.evaluation is not None
+    network = load_feature_network(plan.evaluation.feature_network, plan.evaluation.sha256, ())
+    model = build_model(plan.model)
+    load_vector(model, simulated.model)
+    compared = [
+        compare(
+            model,
+            images,
+            images,
+            network,
+            schedule=plan.schedule,
+            objective=plan.objective,
+            seed=plan.study.seed,
+            execution=execution_of(point.simulation.precision),
+            labels=labels,
+        ).losses
+        for images, labels in zip(silos.images, silos.labels_for(plan), strict=True)
+    ]
+    assert len({len(images) for images in silos.images}) > 1, "or means of images would do"
+    assert last["losses"] == pytest.approx(np.mean(compared, axis=0), rel=1e-6)
+    assert len(last["losses"]) == 10
+    assert len(set(last["losses"])) == 10
 
 
 @pytest.mark.parametrize(
