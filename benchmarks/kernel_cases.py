@@ -124,7 +124,7 @@ class _Elementwise:
             self.noise,
         )  # fmt: skip
         yield self.case(
-            "ddpm_loss, with gradient (eager: noise stored)", 4 * moved,
+            "ddpm_loss, with gradient (eager: noise stored)", 2 * moved,
             lambda: grad(ours()), lambda: grad(eager()),
         )  # fmt: skip
 
@@ -156,7 +156,7 @@ class _Elementwise:
         yield self.case(
             "sampler_step, DDPM with noise", moved,
             lambda: kernels.sampler_step(x_t, given, t, s, alpha_bar, **stream), eager_ddpm,
-            noise=self.noise,
+            "sampler_step_ddpm", self.noise,
         )  # fmt: skip
 
 

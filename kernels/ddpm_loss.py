@@ -12,9 +12,10 @@ Sources: Ho et al. (arXiv 2006.11239, equation 14) for eps; Salimans & Ho (arXiv
 Hang et al. (arXiv 2303.09556, equations 5 to 7 and section 3.4) for min-SNR-gamma.
 
 One pass reads ``pred`` and ``x_0`` and leaves the loss and the residual pred - target, of which the
-gradient 2 w g / D (pred - target) is a multiple per sample; eps never exists in memory. The sum is
-taken in a fixed order that depends on the size of a sample alone: no atomics, and a sample's loss
-is the same in any batch.
+gradient 2 w g / D (pred - target) is a multiple per sample; eps never exists in memory. Residual
+and gradient are rounded to the dtype of ``pred``: in bfloat16 the gradient is within 2^-7. The sum
+is taken in a fixed order that depends on the size of a sample alone: no atomics, and a sample's
+loss is the same in any batch.
 """
 
 from __future__ import annotations

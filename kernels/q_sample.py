@@ -11,6 +11,8 @@ exactly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -163,6 +165,14 @@ def q_sample_reference(
     return out.copy_(x.add_(eps.to(torch.float32) * per_sample(sqrt_rn(1.0 - a), x_0)))
 
 
+def _signal_level(alpha_bar: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """alpha_bar[t] for gradients, NaN outside the table, as the kernel has it. On a GPU an index
+    that is outside would stop the whole process, and -1 would be taken for the last entry."""
+    inside = (t >= 0) & (t < alpha_bar.shape[0])
+    level = alpha_bar[t.clamp(0, alpha_bar.shape[0] - 1)].masked_fill(~inside, math.nan)
+    return per_sample(level, like)
+
+
 # --- the ops --------------------------------------------------------------------------------------
 
 
@@ -245,13 +255,13 @@ def _add_noise_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
 
 def _q_sample_backward(ctx, grad):  # type: ignore[no-untyped-def]
     t, alpha_bar = ctx.saved_tensors
-    signal = per_sample(sqrt_rn(alpha_bar[t]), grad)
+    signal = sqrt_rn(_signal_level(alpha_bar, t, grad))
     return (grad * signal).to(ctx.x_0_dtype), None, None, None, None, None, None
 
 
 def _add_noise_backward(ctx, grad):  # type: ignore[no-untyped-def]
     t, alpha_bar = ctx.saved_tensors
-    a = per_sample(alpha_bar[t], grad)
+    a = _signal_level(alpha_bar, t, grad)
     grad_x_0 = (grad * sqrt_rn(a)).to(ctx.x_0_dtype) if ctx.needs_input_grad[0] else None
     grad_eps = (grad * sqrt_rn(1.0 - a)).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
     return grad_x_0, grad_eps, None, None, None
@@ -276,7 +286,7 @@ def q_sample(
     ``x_0``: ``(B, C, H, W)`` (or any ``(B, ...)``), uint8 images or float32, bfloat16, float16
     already in [-1, 1], in any layout; the result has its layout and ``dtype``, computed in float32.
     ``t``: int64 ``(B,)``. ``alpha_bar``: float32 ``(T,)``. ``key``, ``sample_id``, ``step``: as for
-    :func:`kernels.normal`. Differentiable in a float ``x_0``.
+    :func:`kernels.normal`. Differentiable in a float ``x_0``, as often as one likes: it is linear.
 
     Raises ``TypeError`` for a wrong dtype, ``ValueError`` for a wrong shape or device and, on the
     CPU, for a timestep outside the table (on CUDA, where looking would stall the queue, that sample

@@ -150,6 +150,7 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
     memory = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
     loads = [o for o in memory if "_load_" in o]
     stores = [o for o in memory if "_store_" in o]
+    fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32|64)\b", text))
     return {
         "registers": count("vgpr_count"),
         "stack": count("private_segment_fixed_size"),
@@ -159,7 +160,10 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
         "loads_128": sum("dwordx4" in o for o in loads),
         "stores": len(stores),
         "stores_128": sum("dwordx4" in o for o in stores),
-        "fused_machine": len(re.findall(r"\bv_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32|64)\b", text)),
+        # But for what a correctly rounded root (two) and a division (three) are made of.
+        "fused": fused - 2 * text.count("v_sqrt_f32") - 3 * text.count("v_div_fmas_f32"),
+        "flushing": len(re.findall(r"float_denorm_mode_(?:32|16_64) [012]\b", text)),
+        "fused_machine": fused,
     }
 
 

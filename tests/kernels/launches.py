@@ -91,7 +91,8 @@ def _training() -> Iterator[Launch]:
     for objective, dtype, layout, gamma, keep in (
         ("eps", F32, NCHW, None, True), ("eps", BF16, NCHW, None, True),
         ("eps", BF16, NCHW, 5.0, True), ("v", BF16, NCHW, None, True),
-        ("x0", BF16, NCHW, 5.0, True), ("v", BF16, NCHW, 5.0, True),
+        ("x0", BF16, NCHW, 5.0, True), ("x0", BF16, NHWC, None, True),
+        ("v", BF16, NCHW, 5.0, True),
         ("v", BF16, NHWC, 5.0, True), ("eps", BF16, NCHW, 5.0, False),
         ("eps", F16, NCHW, None, True),
     ):  # fmt: skip

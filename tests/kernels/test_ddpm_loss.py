@@ -118,6 +118,22 @@ def test_a_sample_is_the_same_in_any_batch_and_twice(stream, alpha_bar, make_ima
         assert torch.equal(alone, whole[one])
 
 
+@pytest.mark.parametrize(("dtype", "within"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_half_precision_gradients_are_rounded_twice_and_no_more(
+    dtype, within, stream, alpha_bar, make_images
+):
+    s, x_0 = stream(4), make_images(4)
+    pred = torch.randn(x_0.shape).to(dtype).requires_grad_()
+    loss = kernels.ddpm_loss(pred, x_0, T, alpha_bar, objective="x0", **s.named)
+    upstream = torch.tensor([300.0, 700.0, -1100.0, 1300.0])
+    (grad,) = torch.autograd.grad(loss, pred, upstream)
+    residual = pred.detach().double() - x_0.double()
+    exact = 2 / x_0[0].numel() * upstream.double().view(-1, 1, 1, 1) * residual
+    torch.testing.assert_close(grad.double(), exact, rtol=1.01 * within, atol=1e-6)
+    once = (grad.double() - exact.to(dtype).double()).abs() > 0
+    assert 0.05 < once.double().mean() < 0.5, "how many the second rounding moves"
+
+
 def test_float16_gradients_survive_the_division_by_the_sample_size(stream, alpha_bar):
     """2 / D is far below float16's range; only the product with a scaled upstream is rounded."""
     s, x_0 = stream(1), torch.zeros(1, 3, 64, 64)

@@ -121,6 +121,21 @@ def test_gradients_pass_gradcheck_in_float32(stream, alpha_bar):
     )
 
 
+def test_second_derivatives_are_those_of_a_linear_map(stream, alpha_bar):
+    """Of the sum of x_t²: 2 ā by x_0, 2 (1 - ā) by the noise."""
+    x_0, eps = torch.rand(2, 4, 3, 9, 11).requires_grad_().unbind()
+    a = alpha_bar[T].view(-1, 1, 1, 1)
+    for x_t, by in (
+        (kernels.q_sample(x_0, T, alpha_bar, **stream(4).named), {x_0: a}),
+        (kernels.add_noise(x_0, eps, T, alpha_bar), {x_0: a, eps: 1 - a}),
+    ):
+        for leaf, factor in by.items():
+            total = x_t.square().sum()
+            (grad,) = torch.autograd.grad(total, leaf, create_graph=True)
+            (second,) = torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
+            torch.testing.assert_close(second, (2 * factor).expand_as(leaf), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_ops_pass_opcheck(stream, alpha_bar, make_images, layout):
     s = stream(4)

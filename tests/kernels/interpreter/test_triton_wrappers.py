@@ -61,6 +61,22 @@ def test_norms_in_other_dimensions_and_of_no_pixels(shape):
     _compare("group_norm_silu", run)
 
 
+@pytest.mark.parametrize("outside", [-1, 1000, 2**40])
+def test_a_timestep_outside_the_table_spoils_its_sample_and_its_gradient_alone(
+    outside, stream, alpha_bar
+):
+    s, t = stream(3), torch.tensor([5, outside, 999])
+    x_0, eps = torch.rand(2, 3, 2, 4, 4).requires_grad_().unbind()
+    with AsOnAGpu():
+        for x_t, leaves in (
+            (kernels.q_sample(x_0, t, alpha_bar, **s.named), (x_0,)),
+            (kernels.add_noise(x_0, eps, t, alpha_bar), (x_0, eps)),
+        ):
+            for found in (x_t, *torch.autograd.grad(x_t.sum(), leaves)):
+                assert found[1].isnan().all()
+                assert found[::2].isfinite().all()
+
+
 class _Counted(TorchDispatchMode):
     def __init__(self):
         super().__init__()
