@@ -140,6 +140,11 @@ def nvidia_facts(compiled: Any) -> dict[str, Any]:
     }
 
 
+# Fused operations that a correctly rounded root is made of (by its first approximation, which is
+# another one in each LLVM), and a division.
+AMD_FUSED = {"v_sqrt_f32": 2, "v_rsq_f32": 5, "v_div_fmas_f32": 5}
+
+
 @functools.cache
 def amd_facts(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
@@ -150,7 +155,8 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
     memory = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
     loads = [o for o in memory if "_load_" in o]
     stores = [o for o in memory if "_store_" in o]
-    fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32|64)\b", text))
+    names = re.findall(r"\bv_((?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32|64))(?:_e32|_e64)?\b", text)
+    fused = sum(2 if name.startswith("pk_") else 1 for name in names)
     return {
         "registers": count("vgpr_count"),
         "stack": count("private_segment_fixed_size"),
@@ -160,8 +166,7 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
         "loads_128": sum("dwordx4" in o for o in loads),
         "stores": len(stores),
         "stores_128": sum("dwordx4" in o for o in stores),
-        # But for what a correctly rounded root (two) and a division (three) are made of.
-        "fused": fused - 2 * text.count("v_sqrt_f32") - 3 * text.count("v_div_fmas_f32"),
+        "fused": fused - sum(n * text.count(of) for of, n in AMD_FUSED.items()),
         "flushing": len(re.findall(r"float_denorm_mode_(?:32|16_64) [012]\b", text)),
         "fused_machine": fused,
     }
