@@ -127,15 +127,16 @@ def test_the_summary_has_a_row_for_each_split_and_is_bold_where_nothing_is_lower
         "one-class-end-whole": [made(1, 0.3)],
     }
     searched = {"fedprox-0-01": [made(1, 0.9, 0.32), made(2, 0.9, 0.34)]}
-    studies = {"digits": RUNS | searched, "fashion-heterogeneity": by_kind}
+    pooled = {"central-3x": [made(1, 0.05), made(2, 0.07)]}  # which nobody may have
+    studies = {"digits": RUNS | searched | pooled, "fashion-heterogeneity": by_kind}
     _, _, one_class, digits = summary_table(studies).splitlines()
     assert one_class == (
         "| …, one class each, ten silos | 1 | 0.200 | 0.500 | 0.500 FedAvg | 0.190 | – "
-        "| 0.300 *end* | 0.040 |"
+        "| 0.300 *end* | – | 0.040 |"
     )
     assert digits == (
         "| digits, two classes each | 2 | **0.200** | 0.400 | 0.330 FedProx | 0.300 | – | – "
-        "| 0.040 |"
+        "| 0.060 | 0.040 |"
     )
 
 
