@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from concilium.simulate.memo import Arrays, Memo, digest_array
 from concilium.simulate.silos import Federation
@@ -92,7 +93,7 @@ class Ruler:
         least noisy first: what an evaluation of the service sums up (`diffusion.evaluation`)."""
         bins = evaluation_bins(self._plan.schedule.num_train_timesteps)
         inputs = {
-            **self._trained_as(model),
+            **self._computed_as(model),
             "what": "losses",
             "images": LOSS_IMAGES,
             "bins": bins,
@@ -103,8 +104,7 @@ class Ruler:
             inputs["labels"] = digest_array(*self._federation.labels)
 
         def compute() -> Arrays:
-            network = build_model(self._plan.model)
-            load_vector(network, model)
+            network = self._loaded(model)
             curves = [
                 loss_curve(
                     loss_table(
@@ -217,11 +217,11 @@ class Ruler:
     def _samples_of(self, model: Vector) -> dict[str, Any]:
         """What samples of a model depend on besides their number."""
         return {
-            **self._trained_as(model),
+            **self._computed_as(model),
             "sampler": self._plan.sampler.model_dump(mode="json"),
         }
 
-    def _trained_as(self, model: Vector) -> dict[str, Any]:
+    def _computed_as(self, model: Vector) -> dict[str, Any]:
         """A model, the noise that it is measured with, and how it is computed."""
         plan = self._plan
         return {
@@ -236,10 +236,8 @@ class Ruler:
 
     def _images(self, model: Vector, n: int, first: int) -> Images:
         classes = self._plan.model.classes
-        network = build_model(self._plan.model)
-        load_vector(network, model)
         return sample(
-            network,
+            self._loaded(model),
             n,
             schedule=self._plan.schedule,
             objective=self._plan.objective,
@@ -249,3 +247,8 @@ class Ruler:
             labels=None if classes is None else even_labels(n, classes),
             first_index=first,
         )
+
+    def _loaded(self, model: Vector) -> nn.Module:
+        network = build_model(self._plan.model)
+        load_vector(network, model)
+        return network
